@@ -1,0 +1,63 @@
+"""DeepSpeed's JSON with its "auto" values filled from our knobs, and contradictions refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from megagamma.config import Config
+from megagamma.config_rules import read_deepspeed_json, zero_stage
+from megagamma.errors import ConfigurationError
+
+# What our own knobs decide. DeepSpeed's optimizer and scheduler sections would shadow them.
+_OURS = {"optimizer": "optimizer.*", "scheduler": "schedule.*", "fp16": "precision.dtype"}
+
+
+def _fill(values: dict[str, Any], key: str, wanted: Any, knob: str) -> None:
+    given = values.get(key, "auto")
+    if given != "auto" and given != wanted:
+        raise ConfigurationError(
+            f'deepspeed_config: {key}={given} contradicts {knob}, which gives {wanted}: write "auto" in the JSON file'
+        )
+    values[key] = wanted
+
+
+def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's config of a run.
+
+    Args:
+        config: resolved and validated.
+        data_size: data-parallel ranks.
+        bf16: whether weights are bf16.
+
+    Raises:
+        ConfigurationError: a value of the file that contradicts a knob.
+    """
+    values = copy.deepcopy(read_deepspeed_json(config.deepspeed_config))
+    for section, knob in _OURS.items():
+        if values.get(section, {}) and values[section].get("enabled", True):
+            raise ConfigurationError(
+                f"deepspeed_config: the section {section!r} would shadow {knob}: remove it from the JSON file"
+            )
+    micro = config.data.micro_batch_size
+    _fill(values, "train_micro_batch_size_per_gpu", micro, "data.micro_batch_size")
+    # Megatron's schedule counts the microbatches; for DeepSpeed every step is one of them.
+    _fill(values, "gradient_accumulation_steps", 1, "the engine")
+    _fill(values, "train_batch_size", micro * data_size, "data.micro_batch_size x data-parallel ranks")
+    stage = zero_stage(values)
+    # Without ZeRO DeepSpeed clips but does not report the norm, so the engine does both.
+    _fill(values, "gradient_clipping", config.optimizer.clip_grad, "optimizer.clip_grad")
+    if stage == 0:
+        values["gradient_clipping"] = 0.0
+    _fill(values.setdefault("bf16", {}), "enabled", bf16, "precision.dtype")
+    if bf16:
+        if stage == 0:
+            raise ConfigurationError(
+                "precision.dtype=bf16 needs fp32 master weights, which ZeRO 0 does not keep: use "
+                "--deepspeed_config configs/deepspeed/zero1.json, which costs no more memory on one rank"
+            )
+        # A step whose gradients are not finite is left out instead of applied.
+        values["bf16"].setdefault("check_grad_overflow", True)
+        values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    values.setdefault("zero_allow_untested_optimizer", True)
+    return values

@@ -1,0 +1,267 @@
+"""Process groups, devices and threads: the one place that knows which accelerator this is.
+
+Megatron-core names CUDA in a few places that a CPU run reaches. `_run_megatron_on_cpu` redirects them, once, and
+only when the run is on a CPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megagamma.config import Config
+from megagamma.errors import ConfigurationError, DistributedError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the processes of the run, as the launcher says."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def world_from_environment() -> World:
+    """Read the launcher's variables: torchrun's and deepspeed's, or SLURM's under srun, else a single process.
+
+    Under srun the rendezvous is set from the job: first host of the node list, port from the job number, so that two
+    jobs on one node do not meet.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        local = int(env.get("LOCAL_RANK", "0"))
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local, int(env.get("LOCAL_WORLD_SIZE", "0")) or 0)
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        if "MASTER_ADDR" not in env:
+            listing = subprocess.run(
+                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
+            )
+            env["MASTER_ADDR"] = listing.stdout.split()[0]
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+        tasks = env.get("SLURM_NTASKS_PER_NODE", "0").split("(")[0]
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), int(tasks))
+    return World(0, 1, 0, 1)
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """`run.device` as a device of this process.
+
+    Raises:
+        ConfigurationError: cuda is asked for and there is none, or fewer than the processes on this node.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigurationError("run.device=cuda, but torch sees no GPU here: use --run.device cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}: start that many "
+            "processes per node, or use --run.device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+class _TorchOnCPU:
+    """The torch module with `zeros(device="cuda")` made on the CPU, for Megatron's schedules."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+
+def _run_megatron_on_cpu() -> None:
+    """Redirect the places where Megatron-core names CUDA. Idempotent."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    if isinstance(schedules.torch, _TorchOnCPU):
+        return
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    schedules.torch = _TorchOnCPU()
+    # Random states of activation checkpointing. There is no dropout, so nothing is drawn from them.
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_random.get_cuda_rng_tracker().states_["model-parallel-rng"] = torch.get_rng_state()
+
+
+class Runtime:
+    """A process with its device and process groups."""
+
+    def __init__(self, config: Config, world: World | None = None) -> None:
+        """Join the run's process groups.
+
+        Args:
+            config: resolved and validated for the world's size.
+            world: from `world_from_environment`; read when not given.
+
+        Raises:
+            DistributedError: the groups cannot be formed: a port in use, or ranks that do not come in time.
+        """
+        self.config = config
+        self.world = world or world_from_environment()
+        self.rank, self.size = self.world.rank, self.world.size
+        # DeepSpeed insists on the variable, which no launcher sets for a single process.
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
+        self.device = choose_device(config.run.device, self.world.local_rank)
+        self.host = socket.gethostname()
+        if self.device.type == "cpu":
+            # DeepSpeed chooses its accelerator on import.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        else:
+            torch.cuda.set_device(self.device)
+            # Megatron's tensor parallelism overlaps only when kernels are queued in order.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        self._set_threads()
+        self.start_seconds = self._join()
+        self._form_groups()
+
+    def _set_threads(self) -> None:
+        local = self.world.local_size or self.size
+        cores = len(os.sched_getaffinity(0))
+        self.threads = self.config.run.threads or max(1, cores // max(1, local))
+        torch.set_num_threads(self.threads)
+
+    def _join(self) -> float:
+        begin = time.perf_counter()
+        timeout = datetime.timedelta(minutes=self.config.run.timeout_minutes)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        if dist.is_initialized():
+            return 0.0
+        try:
+            if self.size == 1:
+                # No port is needed to talk to oneself.
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            else:
+                os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+                os.environ.setdefault("MASTER_PORT", "29500")
+                dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            text = " ".join(str(error).split())
+            if "EADDRINUSE" in text or "in use" in text:
+                raise DistributedError(
+                    f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on {where}: choose a free "
+                    "port (deepspeed --master_port N, torchrun --master-port N)"
+                ) from error
+            raise DistributedError(
+                f"rank {self.rank} of {self.size} could not join the run at {where}: {text[:300]}: check that all "
+                "processes were started and that the address is reachable"
+            ) from error
+        return time.perf_counter() - begin
+
+    def _form_groups(self) -> None:
+        from megatron.core import parallel_state
+
+        if self.device.type == "cpu":
+            _run_megatron_on_cpu()
+        parallel = self.config.parallel
+        self.close_groups()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=max(1, round(self.config.run.timeout_minutes)),
+            create_gloo_process_groups=False,
+        )
+        if self.device.type == "cuda":
+            from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+            model_parallel_cuda_manual_seed(self.config.run.seed % 2**31)
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.data_group = parallel_state.get_data_parallel_group()
+        self.model_group = parallel_state.get_model_parallel_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes the run's files and speaks on the console."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.config.parallel.pipeline - 1
+
+    def gather_over_model(self, value: T) -> list[T]:
+        """`value` of every rank that holds a part of this copy of the model; small objects only."""
+        found: list[Any] = [None] * dist.get_world_size(self.model_group)
+        dist.all_gather_object(found, value, group=self.model_group)
+        return found
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every rank, by rank; small objects only."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Do something on rank 0 and give its result to all; an exception there is raised on every rank."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as error:  # noqa: BLE001 - handed to every rank, then raised
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def memory_bytes(self) -> int:
+        """Peak memory of this process: of the GPU allocator, or resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @staticmethod
+    def close_groups() -> None:
+        """Forget Megatron's process groups, so that another model can be laid out in this process."""
+        from megatron.core import parallel_state
+
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+
+    def close(self) -> None:
+        """Leave the run's process groups."""
+        self.close_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,37 @@
+"""Exceptions of the project. Every message says what is wrong, its value, the rule, and how to mend it.
+
+Command-line programs turn a `MegagammaError` into one line on standard error and its `exit_code`,
+without a traceback: the person who reads it is a user, not a debugger.
+"""
+
+
+class MegagammaError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+    exit_code = 2
+
+
+class ConfigurationError(MegagammaError):
+    """A knob, or a combination of knobs, that cannot work. Raised before any file or process group is opened."""
+
+
+class DataError(MegagammaError):
+    """Text, token files or a tokenizer that is missing, damaged, or does not belong together."""
+
+
+class CheckpointError(MegagammaError):
+    """A checkpoint that is missing, damaged, incomplete, or of another model."""
+
+
+class InitializationError(MegagammaError):
+    """Weights that were not drawn as asked."""
+
+
+class DistributedError(MegagammaError):
+    """Process groups that cannot be formed: a port in use, a rank missing, a device absent."""
+
+
+class TrainingError(MegagammaError):
+    """A run that cannot go on, such as a loss that is not a number under the policy `stop`."""
+
+    exit_code = 3

@@ -1,0 +1,179 @@
+"""What was asked and what was really drawn: a table per matrix and per role, and the norms' saturation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megagamma.config import ROLES, InitConfig, ModelConfig
+from megagamma.errors import InitializationError
+from megagamma.initialization.gamma import attenuation, effective_gamma, relative_standard_error
+
+# Input of a norm this many times sqrt(epsilon) or less is called saturated: attenuation 0.995 [INF].
+SATURATION_FACTOR = 10.0
+
+
+@dataclass
+class Moments:
+    """Sums over drawn numbers; two ranks' sums add up to the whole matrix's."""
+
+    count: int = 0
+    total: float = 0.0
+    square: float = 0.0
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.count, 1)
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(max(self.square / max(self.count, 1) - self.mean**2, 0.0))
+
+
+@dataclass
+class MatrixReport:
+    """One logical matrix, or one role, as asked and as measured."""
+
+    name: str
+    role: str
+    shape: list[int]
+    d_in: int
+    asked_std: float
+    measured_std: float
+    measured_mean: float
+    count: int
+    z: float
+    gamma: float
+
+
+def measure(
+    name: str, role: str, shape: tuple[int, ...], d_in: int, asked: float, moments: Moments, init: InitConfig
+) -> MatrixReport:
+    """Compare a matrix's measured moments with the asked std.
+
+    Returns:
+        The report; `z` is the worse of the std's and the mean's distance in standard errors, signed.
+    """
+    z_std = (moments.std / asked - 1.0) / relative_standard_error(moments.count, init)
+    z_mean = moments.mean / (asked / math.sqrt(max(moments.count, 1)))
+    z = z_std if abs(z_std) >= abs(z_mean) else z_mean
+    return MatrixReport(
+        name, role, list(shape), d_in, asked, moments.std, moments.mean, moments.count, z, effective_gamma(asked, d_in)
+    )
+
+
+def by_role(matrices: Iterable[MatrixReport], init: InitConfig) -> list[MatrixReport]:
+    """One row per role (and asked std), its matrices pooled, in the order of `ROLES`."""
+    pooled: dict[tuple[str, float], tuple[MatrixReport, Moments, int]] = {}
+    for matrix in matrices:
+        key = (matrix.role, matrix.asked_std)
+        square = (matrix.measured_std**2 + matrix.measured_mean**2) * matrix.count
+        moments = Moments(matrix.count, matrix.measured_mean * matrix.count, square)
+        if key in pooled:
+            first, known, number = pooled[key]
+            pooled[key] = (first, known + moments, number + 1)
+        else:
+            pooled[key] = (matrix, moments, 1)
+    rows = []
+    for (role, asked), (first, moments, number) in pooled.items():
+        shape = tuple(first.shape)
+        rows.append(measure(f"{number} x {role}", role, shape, first.d_in, asked, moments, init))
+    order = {role: index for index, role in enumerate(ROLES)}
+    return sorted(rows, key=lambda row: order.get(row.role, len(order)))
+
+
+def table(rows: list[MatrixReport]) -> str:
+    """The report as text, one line per row."""
+    lines = [f"{'matrices':<22}{'shape':>18}{'d_in':>8}{'gamma':>8}{'asked std':>13}{'measured':>13}{'z':>8}"]
+    for row in rows:
+        shape = "x".join(str(size) for size in row.shape)
+        lines.append(
+            f"{row.name:<22}{shape:>18}{row.d_in:>8}{row.gamma:>8.3f}{row.asked_std:>13.4e}"
+            f"{row.measured_std:>13.4e}{row.z:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def check(matrices: Iterable[MatrixReport], max_z: float) -> None:
+    """Refuse weights that were not drawn as asked.
+
+    Raises:
+        InitializationError: naming the worst matrix, when any |z| exceeds `max_z`.
+    """
+    worst = max(matrices, key=lambda matrix: abs(matrix.z) if math.isfinite(matrix.z) else math.inf, default=None)
+    if worst is not None and not abs(worst.z) <= max_z:
+        raise InitializationError(
+            f"{worst.name}: asked std {worst.asked_std:.4e}, measured {worst.measured_std:.4e} with mean "
+            f"{worst.measured_mean:.2e}, z = {worst.z:.1f} beyond init.max_z={max_z:g}: the weights are not what was "
+            "asked for; the run does not start"
+        )
+
+
+@dataclass
+class NormSaturation:
+    """A norm's expected input at step 0, and what epsilon does to it."""
+
+    norm: str
+    input_rms: float
+    ratio: float
+    attenuation: float
+    saturated: bool
+
+
+def norm_saturation(model: ModelConfig, stds: dict[str, float]) -> list[NormSaturation]:
+    """Expected saturation of the norms at step 0.
+
+    The first norm reads the embedding, whose RMS is its std. At gamma 1 the residual stream stays near that value
+    through all layers, so every block norm and the final norm see about the same [INF, simulated in method 2.1]; at
+    gamma 0.5 the stream grows, and the later norms are safer than the first. A q/k norm reads W x with x of RMS
+    `attenuation`: sqrt(hidden_size) * std * attenuation.
+
+    Args:
+        model: width, epsilon and q/k-norm of the model.
+        stds: asked std per role; needs embedding, query and key.
+    """
+    epsilon = model.norm_epsilon
+    rows = []
+
+    def add(norm: str, rms: float) -> float:
+        ratio = rms / math.sqrt(epsilon)
+        gain = attenuation(rms, epsilon)
+        rows.append(NormSaturation(norm, rms, ratio, gain, ratio < SATURATION_FACTOR))
+        return gain
+
+    first = add("first norm (embedding)", stds["embedding"])
+    if model.qk_norm:
+        for role in ("query", "key"):
+            add(f"{role} norm", math.sqrt(model.hidden_size) * stds[role] * first)
+    return rows
+
+
+def saturation_lines(rows: list[NormSaturation], epsilon: float) -> list[str]:
+    """The saturation as text; saturated norms are warned about."""
+    lines = []
+    for row in rows:
+        text = (
+            f"{row.norm}: input rms {row.input_rms:.2e} = {row.ratio:.3g} x sqrt(epsilon={epsilon:g}), "
+            f"output rms {row.attenuation:.3f}"
+        )
+        if row.saturated:
+            text = f"WARNING {text}: saturated, which hides the effect of a small init; use --model.norm_epsilon 1e-12"
+        lines.append(text)
+    return lines
+
+
+def as_json(
+    matrices: list[MatrixReport], roles: list[MatrixReport], saturation: list[NormSaturation], init: InitConfig
+) -> dict[str, Any]:
+    """Content of init_report.json."""
+    return {
+        "init": asdict(init),
+        "roles": [asdict(row) for row in roles],
+        "norms": [asdict(row) for row in saturation],
+        "matrices": [asdict(row) for row in matrices],
+    }

@@ -1,0 +1,84 @@
+"""Attention modules placed in Megatron's layer spec: the SDPA core, and the output gate."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Causal attention by `torch.nn.functional.scaled_dot_product_attention`: flash attention where torch has it.
+
+    It takes and returns Megatron's shapes: q [s, b, heads, head_dim], k and v [s, b, groups, head_dim] ->
+    [s, b, heads * head_dim], heads and groups those of this rank.
+    """
+
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """attention_mask: None for plain causal attention, else [b, 1, s, s], True where attention is forbidden."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+class ElementwiseGatedAttention(SelfAttention):
+    """Megatron's gated self-attention: y * sigmoid(x W), one gate per feature, fused into `linear_qkv`.
+
+    The parent's gate runs through a compiler at every new shape; the plain form costs the same on a GPU within
+    noise of the layer and needs no compiler on a CPU.
+    """
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        return x * torch.sigmoid(gate.reshape(x.shape).float()).to(x.dtype)
+
+
+class HeadwiseGatedAttention(SelfAttention):
+    """Self-attention whose output is scaled per head by sigmoid(x w_head), with a gate projection of its own.
+
+    Megatron-core knows only the elementwise gate. The parent is built without it, so that `linear_qkv` keeps its
+    ungated layout, and the gate comes from `linear_gate`, hidden_size -> heads.
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        ungated = copy.copy(config)
+        ungated.attention_output_gate = False
+        super().__init__(ungated, *args, **kwargs)
+        self.config = config
+        self.linear_gate = ColumnParallelLinear(
+            config.hidden_size,
+            config.num_attention_heads,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def get_query_key_value_tensors(  # type: ignore[override]
+        self, hidden_states: Tensor, key_value_states: Any = None, output_gate: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states, **kwargs)
+        gate, _ = self.linear_gate(hidden_states)
+        return query, key, value, gate
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        heads = x.view(*gate.shape, -1)
+        return (heads * torch.sigmoid(gate.float()).to(x.dtype).unsqueeze(-1)).view(x.shape)

@@ -1,0 +1,54 @@
+"""Parameter groups of AdamW: what decays, and the learning-rate factor of each role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megagamma.config import OptimizerConfig
+from megagamma.model.parameters import MappedTensor, ParameterMap
+
+
+def decays(tensor: MappedTensor, optimizer: OptimizerConfig) -> bool:
+    """Whether weight decay acts on a tensor: matrices do, gains only with `optimizer.decay` all."""
+    return optimizer.decay == "all" or tensor.role != "norm"
+
+
+def learning_rate_factor(tensor: MappedTensor, optimizer: OptimizerConfig) -> float:
+    """Learning-rate factor of a tensor's role; roles fused in one tensor have one factor by the config's rules."""
+    return optimizer.lr_factors.get(tensor.role, 1.0)
+
+
+def parameter_groups(parameter_map: ParameterMap, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups for AdamW: one per (decays, factor), each with `lr_factor` beside Adam's own keys.
+
+    The order does not depend on the layout within a pipeline stage.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for tensor in parameter_map:
+        decay, factor = decays(tensor, optimizer), learning_rate_factor(tensor, optimizer)
+        group = groups.setdefault(
+            (decay, factor),
+            {"params": [], "weight_decay": optimizer.weight_decay if decay else 0.0, "lr_factor": factor},
+        )
+        group["params"].append(tensor.parameter)
+    return list(groups.values())
+
+
+def describe_groups(parameter_map: ParameterMap, optimizer: OptimizerConfig) -> list[str]:
+    """One line per group: which roles, how many parameters, decay and factor."""
+    lines: dict[tuple[bool, float], tuple[set[str], int]] = {}
+    for tensor in parameter_map:
+        key = (decays(tensor, optimizer), learning_rate_factor(tensor, optimizer))
+        roles, count = lines.get(key, (set(), 0))
+        for part in tensor.parts:
+            roles.add(part.logical.role)
+            size = 1
+            for length in part.shape:
+                size *= length
+            count += size
+        lines[key] = (roles, count)
+    return [
+        f"weight decay {optimizer.weight_decay if decay else 0:g}, learning rate x{factor:g}: "
+        f"{count:,} parameters ({', '.join(sorted(roles))})"
+        for (decay, factor), (roles, count) in lines.items()
+    ]
