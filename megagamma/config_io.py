@@ -159,6 +159,17 @@ def as_dict(config: Config) -> dict[str, Any]:
     return values
 
 
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `as_dict` gave. Keys of a section that are not there take their defaults."""
+    sections = {}
+    for name, kind in get_type_hints(Config).items():
+        if name in values:
+            sections[name] = kind(**values[name]) if dataclasses.is_dataclass(kind) else values[name]
+    config = Config(**sections)
+    config.optimizer.betas = tuple(config.optimizer.betas)  # type: ignore[assignment]
+    return config
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Write the complete config as YAML, atomically; `load_config` gives the same config back."""
     from megagamma.files import write_text

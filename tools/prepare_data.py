@@ -202,8 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             print_batch(options.inspect, options.step, options.rows)
         else:
-            folder = os.path.relpath(prepare(settings_from(options)))
-            print_summary(folder, verify_prepared(folder))
+            settings = settings_from(options)
+            print_summary(settings.output, verify_prepared(prepare(settings)))
     except MegagammaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -110,8 +110,7 @@ class CorpusSampler:
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """An epoch's document order [documents], window bounds [windows + 1, 2] and window order
-        [windows]."""
+        """An epoch's document order [documents], window bounds [windows + 1, 2], window order [windows]."""
         if epoch not in self._epochs:
             # The compiled module ships in the wheel.
             from megatron.core.datasets.helpers import build_sample_idx

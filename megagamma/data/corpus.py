@@ -1,5 +1,4 @@
-"""Where text comes from: files, folders, Hugging Face data sets and two embedded corpora, as a stream of
-documents.
+"""Where text comes from: files, folders, Hugging Face data sets and two embedded corpora.
 
 A `Source` says what to read. `list_shards` turns it into an ordered list of `Shard`s, each of which one
 worker can read alone, and `read_documents` yields the documents of one shard in order. Reading all shards
@@ -99,8 +98,7 @@ class Shard:
 
 
 def list_shards(source: Source, shard_bytes: int = 4 << 20) -> list[Shard]:
-    """List the shards of `source` in document order, cutting large files into stretches of about
-    `shard_bytes` bytes.
+    """List the shards of `source` in document order, cutting large files every `shard_bytes` bytes or so.
 
     Raises:
         ConfigurationError: not exactly one kind of source, an unknown corpus or format.

@@ -1,5 +1,4 @@
-"""Token files: parts written by workers, merged into Megatron's .bin/.idx, described by a manifest and
-verified.
+"""Token files: parts joined into Megatron's .bin and .idx, described by a manifest, and verified.
 
 A prepared folder holds `train.bin`, `train.idx`, `validation.bin`, `validation.idx`, `tokenizer.model` and
 `manifest.json`. A .bin file is the tokens of all documents one after the other (uint16 below 65,500 pieces,
@@ -58,8 +57,7 @@ def writing(folder: str | Path) -> Iterator[None]:
 
 
 def _mix(values: np.ndarray, salt: str) -> np.ndarray:
-    """uint64 -> uint64, splitmix64's finalizer over (value xor salt): uniform, and another order for
-    another salt."""
+    """uint64 -> uint64: splitmix64 of (value xor salt), uniform, in another order for another salt."""
     key = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "little")
     with np.errstate(over="ignore"):
         z = (values ^ np.uint64(key)) + np.uint64(0x9E3779B97F4A7C15)
@@ -108,8 +106,9 @@ def assign_documents(
 def merge_parts(
     tasks: list[PartTask], folder: Path, fraction: float, salt: str, drop_duplicates: bool
 ) -> dict:
-    """Join finished parts, in order, into the token files of a prepared folder. Holds 32 bytes per document
-    in memory.
+    """Join finished parts, in order, into the token files of a prepared folder.
+
+    Holds some 60 bytes per document in memory.
 
     Returns:
         "splits": {split: {documents, tokens, bytes}}, "files": {name: {bytes, sha256}},

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from megagamma.data.corpus import Shard, Source, read_documents
-from megagamma.data.indexing import DOCUMENT_RECORD, FORMAT_VERSION, writing
+from megagamma.data.indexing import FORMAT_VERSION, writing
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import DataError
 
@@ -96,12 +96,13 @@ def write_part(task: PartTask, progress: Progress | None = None) -> dict:
         The summary: key, sizes, documents, tokens, bytes, empty_documents.
     """
     tokenizer = _tokenizer(task.tokenizer, task.fingerprint)
-    records: list[tuple[int, int, int, int]] = []
-    temporary = {
-        suffix: task.path(f"{suffix}.{os.getpid()}.tmp") for suffix in ("tokens", "documents", "json")
-    }
-    empty = told = told_tokens = told_bytes = tokens = size = 0
-    with writing(task.folder), open(temporary["tokens"], "wb") as file:
+    temporary = {name: task.path(f"{name}.{os.getpid()}.tmp") for name in ("tokens", "documents", "json")}
+    done, told, empty = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64), 0
+    with (
+        writing(task.folder),
+        open(temporary["tokens"], "wb") as file,
+        open(temporary["documents"], "wb") as table,
+    ):
         for shard in task.shards:
             for text in read_documents(shard, task.source):
                 if not text:
@@ -110,32 +111,24 @@ def write_part(task: PartTask, progress: Progress | None = None) -> dict:
                 data = text.encode()
                 ids = np.asarray([*tokenizer.encode(text), tokenizer.eos_id], dtype=task.dtype)
                 file.write(ids.tobytes())
+                # One indexing.DOCUMENT_RECORD: the hash is its last two fields.
                 digest = hashlib.blake2b(data, digest_size=16).digest()
-                records.append((len(ids), len(data), *struct.unpack("<QQ", digest)))
-                tokens, size = tokens + len(ids), size + len(data)
-                if progress and size - told_bytes > 1 << 18:
-                    progress(len(records) - told, tokens - told_tokens, size - told_bytes)
-                    told, told_tokens, told_bytes = len(records), tokens, size
-        file.flush()
-        os.fsync(file.fileno())
-        with open(temporary["documents"], "wb") as table:
-            table.write(np.array(records, dtype=DOCUMENT_RECORD).tobytes())
-            table.flush()
-            os.fsync(table.fileno())
-        sizes = {suffix: temporary[suffix].stat().st_size for suffix in ("tokens", "documents")}
-        summary = {
-            "key": task.key,
-            "sizes": sizes,
-            "documents": len(records),
-            "tokens": tokens,
-            "bytes": size,
-        }
-        summary["empty_documents"] = empty
+                table.write(struct.pack("<qq", len(ids), len(data)) + digest)
+                done += (1, len(ids), len(data))
+                if progress and done[2] - told[2] > 1 << 18:
+                    progress(*(done - told).tolist())
+                    told[:] = done
+        for stream in (file, table):
+            stream.flush()
+            os.fsync(stream.fileno())
+        sizes = {name: temporary[name].stat().st_size for name in ("tokens", "documents")}
+        summary = {"key": task.key, "sizes": sizes, "empty_documents": empty}
+        summary.update(zip(("documents", "tokens", "bytes"), done.tolist(), strict=True))
         temporary["json"].write_text(json.dumps(summary))
-        for suffix, path in temporary.items():
-            os.replace(path, task.path(suffix))
+        for name, path in temporary.items():
+            os.replace(path, task.path(name))
     if progress:
-        progress(len(records) - told, tokens - told_tokens, size - told_bytes)
+        progress(*(done - told).tolist())
     return summary
 
 
@@ -151,8 +144,7 @@ class _Bar:
         self.bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=disable)
 
     def show(self, documents: int, tokens: int, read: int) -> None:
-        """Totals so far; `read` counts bytes of text, which formats with other fields exceed at a part's
-        end."""
+        """Show totals so far; `read` counts bytes of text, a lower bound where files hold more than text."""
         seconds = max(1e-9, time.monotonic() - self.began)
         self.documents, self.tokens = documents, tokens
         self.bar.set_postfix_str(
@@ -194,8 +186,7 @@ def _work(task: PartTask) -> dict:
 
 
 def run_parts(tasks: list[PartTask], workers: int = 1, progress: bool | None = None) -> list[dict]:
-    """Write the parts that are not there yet, with this many processes; return the summaries of all, in
-    order.
+    """Write the parts that are not there yet, with `workers` processes; return all summaries, in order.
 
     Args:
         progress: show a progress bar; None: on a terminal only.

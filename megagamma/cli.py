@@ -1,0 +1,33 @@
+"""What every command-line program of the project does around its work."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from megagamma.errors import MegagammaError
+
+
+def main_guard(function: Callable[[], int | None]) -> int:
+    """Run a program: a user's error becomes one line on standard error and its exit code.
+
+    Of several ranks that meet the same error only the first speaks.
+
+    Returns:
+        The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
+    """
+    try:
+        return function() or 0
+    except MegagammaError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

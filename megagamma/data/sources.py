@@ -1,0 +1,106 @@
+"""Config -> the run's data: prepared folders, training batches, validation sets, tokenizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagamma.config import Config
+from megagamma.data.batches import BatchSource, Blend, Corpus, CorpusSampler, ValidationSet
+from megagamma.data.indexing import verify_prepared
+from megagamma.data.prepare import embedded_settings, prepare
+from megagamma.data.tokenizer import Tokenizer
+from megagamma.errors import ConfigurationError, DataError
+
+
+def prepared_folders(config: Config) -> list[str]:
+    """The training folders; an embedded corpus is prepared first if it is not there yet.
+
+    Raises:
+        DataError: a folder that is missing or damaged.
+    """
+    if not config.data.corpus:
+        for folder in config.data.paths:
+            verify_prepared(folder)
+        return list(config.data.paths)
+    settings = embedded_settings(
+        config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size
+    )
+    return [str(prepare(settings))]
+
+
+@dataclass
+class RunData:
+    """Everything a run reads."""
+
+    folders: list[str]
+    tokenizer: Tokenizer
+    train: BatchSource
+    validation: dict[str, ValidationSet]
+
+
+def tokenizer_of(folders: list[str], config: Config) -> Tokenizer:
+    """The tokenizer that all folders were written with.
+
+    Raises:
+        DataError: the folders disagree, or tokenizer.path names another one.
+        ConfigurationError: model.vocab_size is smaller than the tokenizer's vocabulary.
+    """
+    tokenizer = Tokenizer(Path(folders[0]) / "tokenizer.model")
+    for folder in folders[1:]:
+        other = Tokenizer(Path(folder) / "tokenizer.model")
+        if other.fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"data.paths: {folder} was written with tokenizer {other.fingerprint[:12]}, {folders[0]} with "
+                f"{tokenizer.fingerprint[:12]}: prepare them with one tokenizer (tools/prepare_data.py --tokenizer)"
+            )
+    if config.tokenizer.path:
+        asked = Tokenizer(config.tokenizer.path)
+        if asked.fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"tokenizer.path={config.tokenizer.path} ({asked.fingerprint[:12]}) does not match {folders[0]} "
+                f"({tokenizer.fingerprint[:12]}): give the tokenizer that the data was prepared with, or none"
+            )
+    asked_size = config.model.vocab_size
+    if asked_size is not None and asked_size < tokenizer.vocab_size:
+        raise ConfigurationError(
+            f"model.vocab_size={asked_size} is smaller than the tokenizer's {tokenizer.vocab_size}: leave it out, or "
+            f"use {tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def open_data(config: Config) -> RunData:
+    """Open a run's data and set `model.vocab_size` in the config when it is not given.
+
+    Raises:
+        DataError, ConfigurationError: see `prepared_folders`, `tokenizer_of` and `CorpusSampler`.
+    """
+    folders = prepared_folders(config)
+    tokenizer = tokenizer_of(folders, config)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    data = config.data
+    # Named by position, so that a folder can move without changing the order of its samples.
+    samplers = [
+        CorpusSampler(Corpus(folder, "train"), data.sequence_length, config.run.seed, name=f"corpus{index}")
+        for index, folder in enumerate(folders)
+    ]
+    options = (data.reset_positions, data.reset_attention, data.mask_eod_loss)
+    train = BatchSource(Blend(samplers, data.weights), data.sequence_length, *options)
+    names = dict(config.validation.paths)
+    if not names:
+        for folder in folders:
+            if os.path.exists(os.path.join(folder, "validation.bin")):
+                name = os.path.basename(os.path.normpath(folder))
+                names[name if name not in names else f"{name}_{len(names)}"] = folder
+    validation = {}
+    for name, folder in names.items():
+        if Tokenizer(Path(folder) / "tokenizer.model").fingerprint != tokenizer.fingerprint:
+            raise DataError(
+                f"validation.paths: {name}={folder} was written with another tokenizer than the training data: "
+                "prepare it with --tokenizer"
+            )
+        validation[name] = ValidationSet(Corpus(folder, "validation"), data.sequence_length, *options)
+    return RunData(folders, tokenizer, train, validation)

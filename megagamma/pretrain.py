@@ -1,0 +1,50 @@
+"""The main job: config -> data, model, engine -> training loop.
+
+    deepspeed megagamma/pretrain.py --config configs/demo.yaml --init.gamma 1.0
+
+Also under torchrun, srun, or plain python for one process. Exit codes: 0 done; 2 something in the config, the data
+or the machine must be mended; 3 stopped by the guard; 75 stopped by SIGTERM, SIGINT or SIGUSR1 after a checkpoint,
+start it again to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+# Run as a file, this folder is the first place that Python looks in, where `data`, `model` and others of ours would
+# hide packages of those names.
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(sys.path[0])
+
+from megagamma.cli import main_guard
+from megagamma.config_io import parse_config
+
+
+def world_size() -> int:
+    """Processes of the run, as the launcher says; read before torch is imported, so that `--help` is quick."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+
+
+def main() -> int:
+    """Train; returns the exit code."""
+    config = parse_config(program="pretrain.py", world_size=world_size())
+    # Deprecation notes that Megatron-core and DeepSpeed cause inside torch; nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|deepspeed\.")
+
+    from megagamma.training.loop import Trainer
+    from megagamma.training.setup import prepare_session
+
+    session = prepare_session(config)
+    try:
+        return Trainer(session).run()
+    finally:
+        session.runtime.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,81 @@
+"""safetensors files written tensor by tensor, so that a writer never holds more than one.
+
+The safetensors package writes a dictionary that is whole in memory; the format itself (8 bytes of header length,
+a JSON header with each tensor's dtype, shape and byte range, then the bytes) lets the tensors come one by one. What
+is written here is read back by the package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+_ALIGNMENT = 8
+
+
+class ShardWriter:
+    """Writes one file of fp32 tensors in the order in which they were announced."""
+
+    def __init__(self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+        """Args: entries: name and shape of every tensor that will be written, in order."""
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape in entries:
+            size = 4 * int(torch.Size(shape).numel())
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        self.path, self._expected = path, list(entries)
+        self._digest = xxhash.xxh3_128()
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor.
+
+        Raises:
+            ValueError: it is not the one announced.
+        """
+        expected, shape = self._expected.pop(0)
+        if name != expected or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{self.path.name}: expected {expected} {shape}, was given {name} {tuple(tensor.shape)}")
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        self._put(memoryview(values.view(-1).numpy()).cast("B"))
+
+    def close(self) -> tuple[int, str]:
+        """Finish the file durably; returns its size in bytes and its checksum.
+
+        Raises:
+            ValueError: an announced tensor is missing.
+        """
+        if self._expected:
+            raise ValueError(f"{self.path.name}: {len(self._expected)} tensors are missing")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        return size, self._digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file without finishing it."""
+        self._file.close()
+
+
+def checksum(path: Path) -> str:
+    """The checksum that `ShardWriter.close` gave, from the file."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
