@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from megagamma.errors import MegagammaError
@@ -17,6 +18,10 @@ def main_guard(function: Callable[[], int | None]) -> int:
     Returns:
         The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
     """
+    # What Megatron-core and DeepSpeed say on import about extensions that are not there, and the deprecations that
+    # they cause inside torch: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed)\.")
     try:
         return function() or 0
     except MegagammaError as error:

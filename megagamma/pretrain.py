@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 
 # Run as a file, this folder is the first place that Python looks in, where `data`, `model` and others of ours would
 # hide packages of those names.
@@ -32,10 +31,6 @@ def world_size() -> int:
 def main() -> int:
     """Train; returns the exit code."""
     config = parse_config(program="pretrain.py", world_size=world_size())
-    # Deprecation notes that Megatron-core and DeepSpeed cause inside torch; nothing that a user could mend.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.|deepspeed\.")
-
     from megagamma.training.loop import Trainer
     from megagamma.training.setup import prepare_session
 

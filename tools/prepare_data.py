@@ -26,9 +26,7 @@ from megagamma.errors import ConfigurationError, MegagammaError
 def build_parser() -> argparse.ArgumentParser:
     """Every option, with its unit and default."""
     defaults = PrepareSettings("", Source())
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     group = parser.add_argument_group("source (give one)")
     group.add_argument(
@@ -43,15 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="files, quoted globs and folders: .txt .jsonl .json .parquet, each plain or .gz .bz2 .xz .zst",
     )
-    group.add_argument(
-        "--hf_dataset", metavar="NAME", help="a Hugging Face data set, or a local folder of one"
-    )
+    group.add_argument("--hf_dataset", metavar="NAME", help="a Hugging Face data set, or a local folder of one")
 
     group = parser.add_argument_group("how to read it")
     group.add_argument("--hf_config", metavar="NAME", help="configuration of the data set")
-    group.add_argument(
-        "--hf_split", default="train", metavar="NAME", help="split of the data set (default: train)"
-    )
+    group.add_argument("--hf_split", default="train", metavar="NAME", help="split of the data set (default: train)")
     group.add_argument("--streaming", action="store_true", help="stream the data set, without a local copy")
     group.add_argument(
         "--text_field",
@@ -59,9 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="key or column that holds the text (default: text)",
     )
-    group.add_argument(
-        "--format", choices=sorted(set(FORMATS.values())), help="format of files whose names do not say"
-    )
+    group.add_argument("--format", choices=sorted(set(FORMATS.values())), help="format of files whose names do not say")
     group.add_argument(
         "--document_separator",
         metavar="TEXT",
@@ -99,18 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output", metavar="DIR", help="folder to create (default: data/NAME for an embedded corpus)"
-    )
+    group.add_argument("--output", metavar="DIR", help="folder to create (default: data/NAME for an embedded corpus)")
     group.add_argument(
         "--validation_fraction",
         type=float,
         default=defaults.validation_fraction,
         metavar="F",
-        help=(
-            "share of documents held out, by the hash of their text (default: "
-            f"{defaults.validation_fraction})"
-        ),
+        help=(f"share of documents held out, by the hash of their text (default: {defaults.validation_fraction})"),
     )
     group.add_argument(
         "--split_salt",
@@ -131,21 +118,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=defaults.part_bytes / 2**20,
         metavar="MB",
         help=(
-            "text per part, the unit of parallel work and of resuming (default: 4); the "
-            "result does not depend on it"
+            "text per part, the unit of parallel work and of resuming (default: 4); the result does not depend on it"
         ),
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace a prepared folder that differs or is damaged"
-    )
+    group.add_argument("--overwrite", action="store_true", help="replace a prepared folder that differs or is damaged")
 
     group = parser.add_argument_group("other tasks")
-    group.add_argument(
-        "--verify", metavar="DIR", help="check a prepared folder, checksums included, and exit"
-    )
-    group.add_argument(
-        "--inspect", metavar="CONFIG", help="print the decoded text of a batch of a training config"
-    )
+    group.add_argument("--verify", metavar="DIR", help="check a prepared folder, checksums included, and exit")
+    group.add_argument("--inspect", metavar="CONFIG", help="print the decoded text of a batch of a training config")
     group.add_argument(
         "--step", type=int, default=0, metavar="N", help="with --inspect: which step's batch (default: 0)"
     )

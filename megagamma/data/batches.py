@@ -63,9 +63,7 @@ class Corpus:
     def stream(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of all documents joined in file order; a view of the file."""
         index = self.dataset.index
-        return self.dataset.bin_reader.read(
-            dtype=index.dtype, count=stop - start, offset=start * index.dtype_size
-        )
+        return self.dataset.bin_reader.read(dtype=index.dtype, count=stop - start, offset=start * index.dtype_size)
 
 
 def keyed_permutation(count: int, *key: object) -> np.ndarray:
@@ -259,9 +257,7 @@ def collate(
     """
     tokens, labels = rows[:, :-1], rows[:, 1:]
     ended = tokens == eos_id
-    mask = (
-        np.where(ended, np.float32(0), np.float32(1)) if mask_eod_loss else np.ones(tokens.shape, np.float32)
-    )
+    mask = np.where(ended, np.float32(0), np.float32(1)) if mask_eod_loss else np.ones(tokens.shape, np.float32)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     if reset_positions:
         starts = np.zeros(tokens.shape, dtype=np.int64)

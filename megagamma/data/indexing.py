@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -66,9 +67,7 @@ def _mix(values: np.ndarray, salt: str) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
-def assign_documents(
-    records: np.ndarray, fraction: float, salt: str, drop_duplicates: bool
-) -> tuple[np.ndarray, int]:
+def assign_documents(records: np.ndarray, fraction: float, salt: str, drop_duplicates: bool) -> tuple[np.ndarray, int]:
     """Decide for every document: 0 train, 1 validation, -1 dropped.
 
     A document goes to validation when the hash of its text, mixed with `salt`, falls below `fraction` of
@@ -103,9 +102,7 @@ def assign_documents(
     return side, dropped
 
 
-def merge_parts(
-    tasks: list[PartTask], folder: Path, fraction: float, salt: str, drop_duplicates: bool
-) -> dict:
+def merge_parts(tasks: list[PartTask], folder: Path, fraction: float, salt: str, drop_duplicates: bool) -> dict:
     """Join finished parts, in order, into the token files of a prepared folder.
 
     Holds some 60 bytes per document in memory.
@@ -128,10 +125,11 @@ def merge_parts(
             tokens = np.memmap(task.path("tokens"), dtype=dtype, mode="r")
             ends = np.concatenate([[0], np.cumsum(table["tokens"])])
             edges = [0, *(np.flatnonzero(np.diff(mine)) + 1), len(mine)]
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in itertools.pairwise(edges):
                 if mine[start] >= 0:
                     writers[mine[start]].write(tokens[ends[start] : ends[stop]], table[start:stop])
-        splits, files = {}, {}
+        splits: dict[str, dict] = {}
+        files: dict[str, dict] = {}
         for writer in writers.values():
             splits[writer.split] = writer.close(files)
     finally:
@@ -172,7 +170,7 @@ class _SplitWriter:
         return {"documents": len(lengths), "tokens": tokens, "bytes": self.bytes}
 
 
-def _sync(file) -> None:
+def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -180,9 +178,7 @@ def _sync(file) -> None:
 def index_bytes(lengths: np.ndarray, dtype: str) -> bytes:
     """Content of Megatron's .idx for documents of one sequence each, with these lengths in tokens."""
     if len(lengths) and lengths.max() >= 2**31:
-        raise DataError(
-            f"a document has {lengths.max():,} tokens: Megatron's index holds at most 2^31 - 1: split it"
-        )
+        raise DataError(f"a document has {lengths.max():,} tokens: Megatron's index holds at most 2^31 - 1: split it")
     count = len(lengths)
     pointers = np.zeros(count, dtype="<i8")
     pointers[1:] = np.cumsum(lengths[:-1]) * np.dtype(dtype).itemsize
@@ -211,13 +207,9 @@ def read_manifest(folder: str | Path) -> dict:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError as error:
-        raise DataError(
-            f"data: '{folder}' has no manifest.json, so it is not a prepared folder: {fix}"
-        ) from error
+        raise DataError(f"data: '{folder}' has no manifest.json, so it is not a prepared folder: {fix}") from error
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"data: '{folder}/manifest.json' cannot be read ({error}): {fix} --overwrite"
-        ) from error
+        raise DataError(f"data: '{folder}/manifest.json' cannot be read ({error}): {fix} --overwrite") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"data: '{folder}/manifest.json' is not a manifest of prepared text: {fix}")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -243,18 +235,12 @@ def verify_prepared(folder: str | Path, full: bool = False) -> dict:
     for name in [*manifest["files"], "tokenizer.model"]:
         path = folder / name
         if not path.is_file():
-            raise DataError(
-                f"data: '{path}' is missing: copy it again or prepare the folder again with --overwrite"
-            )
+            raise DataError(f"data: '{path}' is missing: copy it again or prepare the folder again with --overwrite")
         size = path.stat().st_size
-        expected = (
-            manifest["files"].get(name, {}).get("bytes", size)
-        )  # the tokenizer has its fingerprint instead
+        expected = manifest["files"].get(name, {}).get("bytes", size)  # the tokenizer has its fingerprint instead
         if size != expected:
             state = "truncated" if size < expected else "too long"
-            raise DataError(
-                f"data: '{path}' is {state}: {size:,} bytes, the manifest says {expected:,}: {fix}"
-            )
+            raise DataError(f"data: '{path}' is {state}: {size:,} bytes, the manifest says {expected:,}: {fix}")
     for split, counts in manifest["splits"].items():
         _verify_index(folder, split, counts, manifest, fix)
     fingerprint = sha256_file(folder / "tokenizer.model")

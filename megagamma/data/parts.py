@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def finished_part(task: PartTask) -> dict | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
+def _tokenizer(path: str, _fingerprint: str) -> Tokenizer:
     return Tokenizer(path)
 
 
@@ -147,23 +148,22 @@ class _Bar:
         """Show totals so far; `read` counts bytes of text, a lower bound where files hold more than text."""
         seconds = max(1e-9, time.monotonic() - self.began)
         self.documents, self.tokens = documents, tokens
-        self.bar.set_postfix_str(
-            f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s", False
-        )
+        self.bar.set_postfix_str(f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s", False)
         self.bar.update(max(0, min(self.bar.total, max(self.done, read)) - self.bar.n))
 
     def finish(self, task: PartTask) -> None:
         self.done += task.size
 
 
-_counters = None
+_counters: Any = None
 
 
-def _start_worker(counters) -> None:
+def _start_worker(counters: Any) -> None:
     global _counters
     _counters = counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C for all
-    sentinel = multiprocessing.parent_process().sentinel
+    parent = multiprocessing.parent_process()
+    sentinel = parent.sentinel if parent else 0
 
     def leave_with_parent() -> None:
         # A parent killed by SIGKILL cannot stop its workers: they would encode on, and then wait for ever.
@@ -216,10 +216,8 @@ def run_parts(tasks: list[PartTask], workers: int = 1, progress: bool | None = N
         bar.bar.close()
     seconds = time.monotonic() - bar.began
     if missing:
-        logger.info(
-            "encoded %s documents, %s tokens in %.1f s", f"{bar.documents:,}", f"{bar.tokens:,}", seconds
-        )
-    return summaries
+        logger.info("encoded %s documents, %s tokens in %.1f s", f"{bar.documents:,}", f"{bar.tokens:,}", seconds)
+    return [summary for summary in summaries if summary is not None]
 
 
 def _run_pool(missing: list[PartTask], workers: int, summaries: list, bar: _Bar) -> None:

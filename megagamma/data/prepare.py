@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megagamma.data.corpus import Shard, Source, group_shards, list_shards
 from megagamma.data.indexing import (
@@ -100,9 +101,7 @@ class PrepareSettings:
         }
         return {
             "source": self.source.describe(),
-            "tokenizer": {"fingerprint": Tokenizer(self.tokenizer).fingerprint}
-            if self.tokenizer
-            else trained,
+            "tokenizer": {"fingerprint": Tokenizer(self.tokenizer).fingerprint} if self.tokenizer else trained,
             "validation_fraction": self.validation_fraction,
             "split_salt": self.split_salt,
             "drop_duplicates": self.drop_duplicates,
@@ -150,7 +149,7 @@ def prepare(settings: PrepareSettings) -> Path:
 
 
 def embedded_settings(
-    corpus: str, cache: str = "data", vocab_size: int | None = None, **others
+    corpus: str, cache: str = "data", vocab_size: int | None = None, **others: Any
 ) -> PrepareSettings:
     """Settings that prepare "sotu" or "tiny" as CACHE/NAME, or CACHE/NAME-VOCAB for another vocabulary."""
     default = EMBEDDED_VOCABULARY.get(corpus)
@@ -227,31 +226,34 @@ def _tokenizer(settings: PrepareSettings, partial: Path) -> Tokenizer:
         return Tokenizer(path)
     # Cut in the default way: the sample depends on the cut, and part_bytes must not change the result.
     shards = list_shards(settings.source)
-    key = hashlib.sha256(
-        json.dumps([settings.describe()["tokenizer"], [s.key for s in shards]]).encode()
-    ).hexdigest()
+    key = hashlib.sha256(json.dumps([settings.describe()["tokenizer"], [s.key for s in shards]]).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, DataError):
         found, tokenizer = json.loads(note.read_text()), Tokenizer(path)
         if found == {"key": key, "fingerprint": tokenizer.fingerprint}:
             return tokenizer
     logger.info("training a tokenizer of %d pieces", settings.vocabulary)
     tokenizer = train_tokenizer(
-        shards, settings.source, settings.vocabulary, path, settings.seed, settings.sample_characters
+        shards, settings.source, settings.vocabulary or 0, path, settings.seed, settings.sample_characters
     )
     write_json(note, {"key": key, "fingerprint": tokenizer.fingerprint})
     return tokenizer
 
 
-def _tasks(
-    settings: PrepareSettings, shards: list[Shard], tokenizer: Tokenizer, partial: Path
-) -> list[PartTask]:
+def _tasks(settings: PrepareSettings, shards: list[Shard], tokenizer: Tokenizer, partial: Path) -> list[PartTask]:
     how = (tokenizer.path, tokenizer.fingerprint, token_dtype(tokenizer.vocab_size), str(partial / "parts"))
     groups = group_shards(shards, settings.part_bytes)
     return [PartTask(index, tuple(group), settings.source, *how) for index, group in enumerate(groups)]
 
 
 def _publish(
-    settings, described, fingerprint, tasks, summaries, tokenizer, partial: Path, output: Path
+    settings: PrepareSettings,
+    described: dict,
+    fingerprint: str,
+    tasks: list[PartTask],
+    summaries: list[dict],
+    tokenizer: Tokenizer,
+    partial: Path,
+    output: Path,
 ) -> None:
     """Merge the parts into `partial/result`, write the manifest, and rename the folder into its place."""
     if not any(summary["documents"] for summary in summaries):
@@ -259,13 +261,9 @@ def _publish(
     result = partial / "result"
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
-    merged = merge_parts(
-        tasks, result, settings.validation_fraction, settings.split_salt, settings.drop_duplicates
-    )
+    merged = merge_parts(tasks, result, settings.validation_fraction, settings.split_salt, settings.drop_duplicates)
     shutil.copyfile(tokenizer.path, result / "tokenizer.model")
-    ids = {
-        name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")
-    }
+    ids = {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")}
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

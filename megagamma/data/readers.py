@@ -12,7 +12,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megagamma.data.corpus import Shard, Source
 from megagamma.errors import DataError
@@ -28,14 +28,14 @@ class _ZstdReader(io.RawIOBase):
         import zstandard
 
         self._raw, self._make = raw, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
-        self._frame = None
+        self._frame: Any = None
         self._ready = b""
         self._compressed = b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._ready:
             chunk = self._compressed or self._raw.read(_BLOCK)
             self._compressed = b""
@@ -57,7 +57,7 @@ class _ZstdReader(io.RawIOBase):
 def open_bytes(path: str, compression: str) -> IO[bytes]:
     """Open a file for reading its decompressed bytes; `compression` is "", "gz", "bz2", "xz" or "zst"."""
     if compression == "gz":
-        return gzip.open(path, "rb")
+        return cast("IO[bytes]", gzip.open(path, "rb"))
     if compression == "bz2":
         return bz2.open(path, "rb")
     if compression == "xz":
@@ -75,15 +75,12 @@ def read_file(shard: Shard, source: Source) -> Iterator[str]:
         yield from readers[shard.format](shard, source)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
-            f"inputs: '{shard.path}' is truncated or not {shard.compression} data "
-            f"({error}): fetch or compress it again"
+            f"inputs: '{shard.path}' is truncated or not {shard.compression} data ({error}): fetch or compress it again"
         ) from error
     except OSError as error:
         # bz2 reports damage as a bare OSError without an errno.
         reason = error.strerror or f"truncated or not {shard.compression} data ({error})"
-        raise DataError(
-            f"inputs: '{shard.path}' cannot be read: {reason}: check or fetch it again"
-        ) from error
+        raise DataError(f"inputs: '{shard.path}' cannot be read: {reason}: check or fetch it again") from error
 
 
 def _decode(data: bytes, path: str, offset: int) -> str:
@@ -101,8 +98,7 @@ def _check_text(value: Any, source: Source, place: str) -> str:
     """The text of a record, or a DataError that says where and what is wrong with it."""
     if not isinstance(value, str):
         raise DataError(
-            f"{place}: field '{source.text_field}' is {type(value).__name__}, not text: "
-            "choose another --text_field"
+            f"{place}: field '{source.text_field}' is {type(value).__name__}, not text: choose another --text_field"
         )
     try:
         value.encode("utf-8")
@@ -124,8 +120,7 @@ def _text_of(record: Any, source: Source, place: str) -> str:
         )
     if source.text_field not in record:
         raise DataError(
-            f"{place}: no field '{source.text_field}': choose --text_field from "
-            f"{', '.join(map(str, record)) or 'none'}"
+            f"{place}: no field '{source.text_field}': choose --text_field from {', '.join(map(str, record)) or 'none'}"
         )
     return _check_text(record[source.text_field], source, place)
 
@@ -231,18 +226,15 @@ def _read_json(shard: Shard, source: Source) -> Iterator[str]:
             value = lists[0]
         else:
             raise DataError(
-                f"{place}: no list under '{source.text_field}': choose --text_field from "
-                f"{', '.join(value) or 'none'}"
+                f"{place}: no list under '{source.text_field}': choose --text_field from {', '.join(value) or 'none'}"
             )
     if not isinstance(value, list):
-        raise DataError(
-            f"{place} holds a {type(value).__name__}: give a list of records, or an object of lists"
-        )
+        raise DataError(f"{place} holds a {type(value).__name__}: give a list of records, or an object of lists")
     for index, record in enumerate(value):
         yield _text_of(record, source, f"{place} record {index}")
 
 
-def _open_parquet(path: str, compression: str = ""):
+def _open_parquet(path: str, compression: str = "") -> Any:
     import pyarrow
     import pyarrow.parquet
 
@@ -272,9 +264,7 @@ def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
     names = file.schema_arrow.names
     place = f"inputs: '{shard.path}'"
     if source.text_field not in names:
-        raise DataError(
-            f"{place}: no column '{source.text_field}': choose --text_field from {', '.join(names)}"
-        )
+        raise DataError(f"{place}: no column '{source.text_field}': choose --text_field from {', '.join(names)}")
     groups = range(shard.start, file.num_row_groups if shard.stop is None else shard.stop)
     try:
         for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[source.text_field]):
@@ -285,14 +275,12 @@ def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(name: str, config: str | None, split: str, streaming: bool):
+def _load(name: str | None, config: str | None, split: str, streaming: bool) -> Any:
     import datasets
 
     try:
         return datasets.load_dataset(name, config, split=split, streaming=streaming)
-    except (
-        Exception
-    ) as error:  # the hub raises a dozen unrelated types; every one means: not readable as asked
+    except Exception as error:  # the hub raises a dozen unrelated types; every one means: not readable as asked
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"hf_dataset: '{name}' (config {config}, split '{split}') cannot be loaded: "
@@ -308,14 +296,12 @@ def huggingface_shards(source: Source, shard_bytes: int) -> list[Shard]:
     columns = dataset.column_names
     if columns is not None and source.text_field not in columns:
         raise DataError(
-            f"hf_dataset: '{name}' has no field '{source.text_field}': choose "
-            f"--text_field from {', '.join(columns)}"
+            f"hf_dataset: '{name}' has no field '{source.text_field}': choose --text_field from {', '.join(columns)}"
         )
     if source.streaming:
         identity = f"{name}|stream"
         return [
-            Shard("huggingface", name, shard_bytes, identity, start=k, stop=k + 1)
-            for k in range(dataset.num_shards)
+            Shard("huggingface", name, shard_bytes, identity, start=k, stop=k + 1) for k in range(dataset.num_shards)
         ]
     if len(dataset) == 0:
         raise DataError(f"hf_dataset: '{name}' has no rows: choose another --hf_split")
@@ -334,8 +320,8 @@ def read_huggingface(shard: Shard, source: Source) -> Iterator[str]:
     """Yield the documents of one stretch of rows, or of one shard of a stream."""
     dataset = _load(source.hf_dataset, source.hf_config, source.hf_split, source.streaming)
     if source.streaming:
-        rows: Any = dataset.shard(dataset.num_shards, shard.start)
+        rows = dataset.shard(dataset.num_shards, shard.start)
     else:
-        rows = dataset.select(range(shard.start, shard.stop))
+        rows = dataset.select(range(shard.start, len(dataset) if shard.stop is None else shard.stop))
     for index, row in enumerate(rows):
         yield _text_of(row, source, f"hf_dataset: '{shard.path}' row {shard.start + index}")

@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -132,6 +133,8 @@ def train_tokenizer(
     if not any(chunk.strip() for chunk in sample):
         raise DataError("tokenizer: the source holds no text to train on: check inputs and text_field")
     model = io.BytesIO()
+    pieces: dict[str, Any] = {f"{piece[2:-2]}_piece": piece for piece in CONTROL_PIECES}
+    pieces.update({f"{piece[2:-2]}_id": index for index, piece in enumerate(CONTROL_PIECES)})
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample),
@@ -145,10 +148,9 @@ def train_tokenizer(
             split_digits=True,
             allow_whitespace_only_pieces=True,
             max_sentence_length=8 * _CHUNK,
-            **{f"{name}_id": index for index, name in enumerate(("unk", "bos", "eos", "pad"))},
-            **{f"{piece[2:-2]}_piece": piece for piece in CONTROL_PIECES},
             num_threads=1,  # the number is stored in the file, so a free choice would change its fingerprint
             minloglevel=2,
+            **pieces,
         )
     except RuntimeError as error:
         raise _explain(error, vocab_size, sum(map(len, sample))) from error

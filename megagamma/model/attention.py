@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megagamma.model.rotary import RotaryTable
+
 
 class SDPACoreAttention(torch.nn.Module):
     """Causal attention by `torch.nn.functional.scaled_dot_product_attention`: flash attention where torch has it.
@@ -38,18 +40,32 @@ class SDPACoreAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-class ElementwiseGatedAttention(SelfAttention):
+class RotaryAttention(SelfAttention):
+    """Megatron's self-attention that rotates queries and keys by our table.
+
+    `GPT` sets `rotary` on every layer and tells Megatron that there is no position embedding.
+    """
+
+    rotary: RotaryTable
+
+    def get_query_key_value_tensors(  # type: ignore[override]
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        query, key, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        return self.rotary.rotate(query), self.rotary.rotate(key), *others
+
+
+class ElementwiseGatedAttention(RotaryAttention):
     """Megatron's gated self-attention: y * sigmoid(x W), one gate per feature, fused into `linear_qkv`.
 
-    The parent's gate runs through a compiler at every new shape; the plain form costs the same on a GPU within
-    noise of the layer and needs no compiler on a CPU.
+    The parent's gate goes through a compiler, which a plain CPU may not have.
     """
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         return x * torch.sigmoid(gate.reshape(x.shape).float()).to(x.dtype)
 
 
-class HeadwiseGatedAttention(SelfAttention):
+class HeadwiseGatedAttention(RotaryAttention):
     """Self-attention whose output is scaled per head by sigmoid(x w_head), with a gate projection of its own.
 
     Megatron-core knows only the elementwise gate. The parent is built without it, so that `linear_qkv` keeps its

@@ -1,7 +1,7 @@
 """What a model costs: parameters, FLOPs, bytes per rank, and how well a device is used.
 
-Everything here is arithmetic on the shapes of `megagamma.model.parameters`: no model is built, so that 70 billion
-parameters cost as little to ask about as one million.
+Everything here is arithmetic on the shapes of `megagamma.model.parameters`: no model is built, so that 70
+billion parameters cost as little to ask about as one million.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from megagamma.model.parameters import logical_parameters
 # Roles of the two vocabulary matrices, which scaling laws leave out of "non-embedding" parameters.
 VOCABULARY_ROLES = ("embedding", "head")
 
-# Dense (not sparse) 16-bit tensor-core peaks of the vendors' data sheets. Unit: FLOP/s. bf16, but fp16 for V100,
-# which has no bf16. The first pattern that the device's name contains wins; a digit after it would be another card.
+# Dense (not sparse) 16-bit tensor-core peaks of the vendors' data sheets. Unit: FLOP/s. bf16, but fp16 for
+# V100, which has no bf16. The first pattern that the device's name contains wins; a digit after it would be
+# another card.
 _PEAKS = (
     ("B200", 2250e12),
     ("GH200", 989.4e12),
@@ -61,9 +62,9 @@ def parameter_counts(model: ModelConfig) -> ParameterCounts:
 
 
 def tokens_for_budget(parameters: int, tokens_per_parameter: float = 20.0) -> int:
-    """Training tokens for a model of that many parameters. 20 per parameter is about compute-optimal [REF: 2203.15556].
+    """Training tokens for a model of that many parameters. Unit: tokens.
 
-    Unit: tokens.
+    20 tokens per parameter are about compute-optimal (arXiv 2203.15556) [REF].
     """
     return round(parameters * tokens_per_parameter)
 
@@ -71,10 +72,11 @@ def tokens_for_budget(parameters: int, tokens_per_parameter: float = 20.0) -> in
 def forward_flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = True) -> float:
     """Floating-point operations of one token's forward pass: a third of `flops_per_token`.
 
-    Each multiply-add counts as two operations. A weight of a matrix is used once per token (2 FLOPs); the embedding
-    is looked up, not multiplied, while the head is multiplied even if it is tied. Attention adds Q K^T and A V, each
-    2 * heads * head_dim FLOPs per pair of positions: 4 * L * heads * head_dim * s per token for s positions, halved
-    when the mask is causal. Norms, RoPE, softmax, SiLU and the gate's product are left out, as is usual.
+    Each multiply-add counts as two operations. A weight of a matrix is used once per token (2 FLOPs); the
+    embedding is looked up, not multiplied, while the head is multiplied even if it is tied. Attention adds Q
+    K^T and A V, each 2 * heads * head_dim FLOPs per pair of positions: 4 * L * heads * head_dim * s per token
+    for s positions, halved when the mask is causal. Norms, RoPE, softmax, SiLU and the gate's product are
+    left out, as is usual.
 
     Unit: FLOPs per token, averaged over a sequence of `sequence_length` tokens.
     """
@@ -89,8 +91,9 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int, causal: bo
 def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = True) -> float:
     """Floating-point operations of one token's training step, without recomputation.
 
-    6 * matmul parameters + 12 * L * heads * head_dim * s / 2: the rule of PaLM, appendix B (arXiv 2204.02311), with
-    the causal half of the scores, head included and embedding look-up not. The backward pass costs twice the forward.
+    6 * matmul parameters + 12 * L * heads * head_dim * s / 2: the rule of PaLM, appendix B (arXiv
+    2204.02311), with the causal half of the scores, head included and embedding look-up not. The backward
+    pass costs twice the forward.
 
     Args:
         model: resolved, vocabulary known.
@@ -104,7 +107,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int, causal: bool = Tru
 
 
 def known_peak_flops(device_name: str) -> float | None:
-    """Dense 16-bit peak of a GPU by the name that its driver gives. Unit: FLOP/s; None when it is not known."""
+    """Dense 16-bit peak of a GPU by the name that its driver gives. Unit: FLOP/s; None when unknown."""
     name = device_name.upper()
     for pattern, peak in _PEAKS:
         if re.search(rf"(?<![0-9]){pattern}(?![0-9])", name):
@@ -209,30 +212,37 @@ def stage_parameters(config: Config) -> list[int]:
 
 
 def layer_activation_bytes(config: Config, dtype_bytes: int) -> float:
-    """Activations that one layer keeps for the backward pass of one microbatch, on one rank, without recomputation.
+    """Activations that one layer keeps for one microbatch's backward pass, on one rank, none recomputed.
 
-    After Korthikanti et al. (arXiv 2205.05198), whose layer keeps s b h (34 + 5 a s / h) bytes, counted anew for
-    this model's layer: no dropout, no score matrix (flash attention), SwiGLU, gate, grouped queries. Per token, in
-    elements, with t tensor-parallel ranks, q = heads x head_dim, k = groups x head_dim, f = ffn_hidden_size:
+    After Korthikanti et al. (arXiv 2205.05198), whose layer keeps s b h (34 + 5 a s / h) bytes, counted anew
+    for this model's layer: no dropout, no score matrix (flash attention), SwiGLU, gate, grouped queries. Per
+    token, in elements, with t tensor-parallel ranks, q = heads x head_dim, k = groups x head_dim and
+    f = ffn_hidden_size:
 
     - 4h: input and output of the two norms; not divided by t, except under sequence parallelism;
-    - (q + 2k + q + k + q) / t: fused projection, q and k after RoPE, attention's output; with q/k-norm (q + k) / t
-      more; with an elementwise gate 3q / t more (gate, its sigmoid, the product), with a headwise one 1q / t;
-    - 5f / t: fc1's output (2f), and the SwiGLU's steps;
+    - (q + 2k + q + k + q) / t: fused projection, q and k after RoPE, attention's output;
+    - q/k-norm: (q + k) / t;
+    - an elementwise gate: 3q / t (gate, its sigmoid, the product), and in bf16 4 bytes x q / t for the fp32
+      sigmoid; a headwise gate: q / t (the product);
+    - 3f / t: fc1's output (2f) and the SwiGLU's (f), which keeps no steps between them;
     - 4 bytes per head / t for the softmax's log-sum-exp.
 
-    Within 15 % of what autograd keeps for this model in fp32 on a CPU; in bf16 a CPU keeps about half as much again,
-    since its norms are not fused. Unit: bytes.
+    An estimate for fused norms, as on a GPU. On a CPU, where norms keep one fp32 tensor more or two, it lies
+    11 to 15 % below what autograd was seen to keep in fp32, and about 30 % below in bf16. Unit: bytes.
     """
     model, t = config.model, config.parallel.tensor
-    assert model.head_dim and model.num_query_groups and model.ffn_hidden_size
+    assert model.head_dim is not None
+    assert model.num_query_groups is not None
+    assert model.ffn_hidden_size is not None
     q, k = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-    split = 3.0 * q + 3.0 * k + 5.0 * model.ffn_hidden_size
+    split = 3.0 * q + 3.0 * k + 3.0 * model.ffn_hidden_size
     if model.qk_norm:
         split += q + k
     split += {"none": 0.0, "elementwise": 3.0, "headwise": 1.0}[model.attention_gate] * q
     whole = 4.0 * model.hidden_size / (t if config.parallel.sequence else 1)
     per_token = (whole + split / t) * dtype_bytes
+    if model.attention_gate == "elementwise" and dtype_bytes < 4:
+        per_token += 4.0 * q / t
     if model.recompute != "selective":
         # Selective recomputation redoes the attention core, whose scores flash attention never keeps.
         per_token += 4.0 * model.num_attention_heads / t
@@ -242,10 +252,11 @@ def layer_activation_bytes(config: Config, dtype_bytes: int) -> float:
 def stage_activation_bytes(config: Config, stage: int, data_size: int, dtype_bytes: int) -> float:
     """Activations of one rank of a pipeline stage at their peak. Unit: bytes.
 
-    Stage i of p holds the activations of p - i microbatches (1F1B schedule), but no more than there are; with v
-    virtual stages, of ((p - i - 1) * 2 + (v - 1) * p + 1) / v. With full recomputation a layer keeps its input only
-    (2 s b h bytes in bf16), and one layer at a time is whole. The last stage adds the head: its input and, for every
-    token of one microbatch, logits and their fp32 log-probabilities, (dtype + 4 bytes) x padded vocabulary / t.
+    Stage i of p holds the activations of p - i microbatches (1F1B schedule), but no more than there are; with
+    v virtual stages, of ((p - i - 1) * 2 + (v - 1) * p + 1) / v. With full recomputation a layer keeps its
+    input only (2 s b h bytes in bf16), and one layer at a time is whole. The last stage adds the head: its
+    input and, for every token of one microbatch, logits and their fp32 log-probabilities, (dtype + 4 bytes) x
+    padded vocabulary / t.
     """
     model, parallel, data = config.model, config.parallel, config.data
     p, v = parallel.pipeline, parallel.virtual_pipeline or 1
@@ -276,18 +287,19 @@ def bytes_per_rank(
 
     - weights: e n, at stage 3 over d;
     - gradients: 4 n, since they are accumulated in fp32, from stage 2 on over d;
-    - optimizer: 8 n for Adam's moments, and 4 n for master weights, which DeepSpeed keeps apart at stages 1 and 2
-      always, at stage 3 when the weights are bf16, and at stage 0 never; from stage 1 on over d.
+    - optimizer: 8 n for Adam's moments, and 4 n for master weights, which DeepSpeed keeps apart at stages 1
+      and 2 always, at stage 3 when the weights are bf16, and at stage 0 never; from stage 1 on over d.
 
-    Left out: communication buckets, layers gathered for a moment at stage 3, the allocator's fragmentation, and the
-    1 to 2 GB that CUDA and NCCL take for themselves.
+    Left out: communication buckets, layers gathered for a moment at stage 3, the allocator's fragmentation,
+    and the 1 to 2 GB that CUDA and NCCL take for themselves.
 
     Args:
         config: resolved, vocabulary known; gives the shape, the layout, the batch and the recomputation.
         data_size: data-parallel ranks d.
         zero_stage: 0 to 3.
         dtype_bytes: bytes per weight and activation: 2 for bf16, 4 for fp32.
-        offload_optimizer: the optimizer's state (and at stage 2 and 3 the gradients it reads) lies on the host.
+        offload_optimizer: the optimizer's state (and at stage 2 and 3 the gradients it reads) lies on the
+        host.
         offload_parameters: at stage 3, weights lie on the host.
     """
     master = 4 if zero_stage in (1, 2) or (zero_stage == 3 and dtype_bytes < 4) else 0

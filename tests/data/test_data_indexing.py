@@ -62,24 +62,22 @@ def test_verify_notices_damage(tiny, tmp_path):
         DataError, match=r"train.bin' is truncated: [\d,]+ bytes, the manifest says [\d,]+: .*--overwrite"
     ):
         verify_prepared(damaged("train.bin", lambda data: data[:-1]))
-    with pytest.raises(DataError, match="train.idx' is too long"):
+    with pytest.raises(DataError, match=r"train.idx' is too long"):
         verify_prepared(damaged("train.idx", lambda data: data + b"x"))
     flipped = damaged("validation.bin", flip)
     verify_prepared(flipped)
-    with pytest.raises(DataError, match="validation.bin' does not have the manifest's sha256"):
+    with pytest.raises(DataError, match=r"validation.bin' does not have the manifest's sha256"):
         verify_prepared(flipped, full=True)
     with pytest.raises(DataError, match="is not a Megatron index"):
         verify_prepared(damaged("train.idx", lambda data: flip(data, 0)))
-    with pytest.raises(
-        DataError, match="says type 8 and 44 documents, the manifest says uint16 .type 8. and 45"
-    ):
+    with pytest.raises(DataError, match=r"says type 8 and 44 documents, the manifest says uint16 .type 8. and 45"):
         verify_prepared(damaged("train.idx", lambda data: flip(data, 18)))
     last_length = 34 + 45 * 4 - 4
     with pytest.raises(DataError, match=r"train.bin' has [\d,]+ bytes, its .idx ends at"):
         verify_prepared(damaged("train.idx", lambda data: flip(data, last_length)))
-    with pytest.raises(DataError, match="tokenizer.model' has fingerprint .* the tokens were made with"):
+    with pytest.raises(DataError, match=r"tokenizer.model' has fingerprint .* the tokens were made with"):
         verify_prepared(damaged("tokenizer.model", flip))
-    with pytest.raises(DataError, match="manifest.json' cannot be read"):
+    with pytest.raises(DataError, match=r"manifest.json' cannot be read"):
         verify_prepared(damaged("manifest.json", lambda data: data[:-9]))
     with pytest.raises(DataError, match="is not a manifest of prepared text"):
         verify_prepared(damaged("manifest.json", lambda data: b"{}"))
@@ -87,10 +85,10 @@ def test_verify_notices_damage(tiny, tmp_path):
         verify_prepared(damaged("manifest.json", lambda data: data.replace(b'version": 1', b'version": 9')))
     copy = damaged("train.bin", bytes)
     (copy / "train.idx").unlink()
-    with pytest.raises(DataError, match="train.idx' is missing"):
+    with pytest.raises(DataError, match=r"train.idx' is missing"):
         verify_prepared(copy)
     (copy / "manifest.json").unlink()
-    with pytest.raises(DataError, match="has no manifest.json, so it is not a prepared folder"):
+    with pytest.raises(DataError, match=r"has no manifest.json, so it is not a prepared folder"):
         verify_prepared(copy)
-    with pytest.raises(DataError, match="folder .*nowhere' does not exist: prepare it with"):
+    with pytest.raises(DataError, match=r"folder .*nowhere' does not exist: prepare it with"):
         verify_prepared(tmp_path / "nowhere")

@@ -85,9 +85,7 @@ def test_a_prepared_folder_holds_the_text_and_counts_it(speeches):
     manifest = verify_prepared(settings.output, full=True)
     found = {split: documents_of(settings.output, split) for split in ("train", "validation")}
     assert sorted(found["train"] + found["validation"]) == sorted(documents)
-    assert found["train"] == [text for text in documents if text in set(found["train"])], (
-        "source order is kept"
-    )
+    assert found["train"] == [text for text in documents if text in set(found["train"])], "source order is kept"
     for split, texts in found.items():
         counts = manifest["splits"][split]
         assert counts["documents"] == len(texts)
@@ -115,7 +113,8 @@ def test_resume_after_kill_9_gives_the_same_bytes_and_reuses_parts(speeches, tmp
     parts = tmp_path / ".out.partial" / "parts"
     deadline = time.time() + 60
     while len(list(parts.glob("*.json"))) < 5:
-        assert run.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        assert run.poll() is None, "the run ended before it could be killed"
+        assert time.time() < deadline, "the run writes no parts"
         time.sleep(0.005)
     workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     run.kill()
@@ -147,21 +146,18 @@ def test_parts_do_not_change_a_trained_tokenizer(speeches, tmp_path):
     settings, _ = speeches
     settings = replace(settings, tokenizer=None, vocab_size=600, sample_characters=200_000)
     folders = [
-        prepare(replace(settings, output=str(tmp_path / str(size)), part_bytes=size))
-        for size in (50_000, 1 << 22)
+        prepare(replace(settings, output=str(tmp_path / str(size)), part_bytes=size)) for size in (50_000, 1 << 22)
     ]
     assert contents(folders[0]) == contents(folders[1])
 
 
 def test_a_prepared_folder_outlives_its_source(tmp_path):
     texts = [f"document {k} says hello to number {k * 7}" for k in range(200)]
-    settings = PrepareSettings(
-        str(tmp_path / "out"), write_lines(tmp_path / "a.jsonl", texts), vocab_size=290
-    )
+    settings = PrepareSettings(str(tmp_path / "out"), write_lines(tmp_path / "a.jsonl", texts), vocab_size=290)
     folder = prepare(settings)
     (tmp_path / "a.jsonl").unlink()
     assert prepare(settings) == folder
-    with pytest.raises(DataError, match="a.jsonl' does not exist"):
+    with pytest.raises(DataError, match=r"a.jsonl' does not exist"):
         prepare(replace(settings, split_salt="other"))
 
 
@@ -183,7 +179,8 @@ def test_duplicates_keep_the_first_in_source_order(tmp_path):
     common = {"source": source, "vocab_size": 300, "validation_fraction": 0.0, "part_bytes": 300}
     kept = prepare(PrepareSettings(str(tmp_path / "kept"), **common))
     assert documents_of(kept, "train") == texts
-    assert read_manifest(kept)["empty_documents"] == 1 and list(read_manifest(kept)["splits"]) == ["train"]
+    assert read_manifest(kept)["empty_documents"] == 1
+    assert list(read_manifest(kept)["splits"]) == ["train"]
     for workers in (1, 3):
         folder = prepare(
             PrepareSettings(str(tmp_path / f"w{workers}"), drop_duplicates=True, workers=workers, **common)
@@ -230,9 +227,7 @@ def test_two_at_once_do_the_work_once(tmp_path):
         "1",
     ]
     runs = [
-        subprocess.Popen(
-            command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
+        subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         for _ in range(2)
     ]
     messages = [run.communicate(timeout=120)[1] for run in runs]
@@ -256,21 +251,21 @@ def test_a_write_that_fails_leaves_what_existed(tmp_path, limit):
     options = ["--corpus", "sotu", "--vocab_size", 400, "--output", output, "--overwrite", "--workers", 1]
     result = tool(*options, "--part_megabytes", 0.5, preexec_fn=small_disk)
     assert result.returncode == 2, result.stderr
-    assert (
-        f"'{output}' cannot be written" in result.stderr
-        or "cannot be written (File too large)" in result.stderr
-    )
+    assert f"'{output}' cannot be written" in result.stderr or "cannot be written (File too large)" in result.stderr
     assert "Traceback" not in result.stderr
     assert contents(output) == before
 
 
 def test_command_line(tmp_path):
     done = tool("--corpus", "tiny", cwd=tmp_path)
-    assert done.returncode == 0 and "data/tiny train: 45 documents" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "data/tiny train: 45 documents" in done.stdout
     again = tool("--corpus", "tiny", cwd=tmp_path)
-    assert again.returncode == 0 and "already prepared" in again.stderr
+    assert again.returncode == 0
+    assert "already prepared" in again.stderr
     verified = tool("--verify", tmp_path / "data" / "tiny")
-    assert verified.returncode == 0 and "every file matches its checksum" in verified.stdout
+    assert verified.returncode == 0
+    assert "every file matches its checksum" in verified.stdout
     (tmp_path / "file").touch()
     for options, message in [
         (["--verify", tmp_path], "has no manifest.json"),
@@ -285,16 +280,16 @@ def test_command_line(tmp_path):
         (["--input", tmp_path / "no.txt", "--vocab_size", 300], "name the folder to create with --output"),
     ]:
         failed = tool(*options)
-        assert failed.returncode == 2 and message in failed.stderr, failed.stderr
-        assert failed.stderr.startswith("error: ") and len(failed.stderr.splitlines()) == 1
+        assert failed.returncode == 2, failed.stderr
+        assert message in failed.stderr
+        assert failed.stderr.startswith("error: ")
+        assert len(failed.stderr.splitlines()) == 1
     assert not (tmp_path / "o").exists()
 
 
 def test_help_names_every_option():
     text = tool("--help").stdout
-    options = (
-        "corpus input hf_dataset hf_config hf_split streaming text_field format document_separator output"
-    )
+    options = "corpus input hf_dataset hf_config hf_split streaming text_field format document_separator output"
     options += " tokenizer vocab_size seed sample_characters validation_fraction drop_duplicates workers"
     options += " part_megabytes overwrite verify inspect step rows"
     for option in options.split():
@@ -321,9 +316,7 @@ def test_settings_that_cannot_work(tmp_path):
 
 
 def test_errors_in_a_worker_reach_the_user(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        '{"text": "fine and well"}\n' * 500 + "broken\n" + '{"text": "fine"}\n' * 500
-    )
+    (tmp_path / "a.jsonl").write_text('{"text": "fine and well"}\n' * 500 + "broken\n" + '{"text": "fine"}\n' * 500)
     model = prepare(embedded_settings("tiny", str(tmp_path))) / "tokenizer.model"
     settings = PrepareSettings(
         str(tmp_path / "out"),
@@ -332,7 +325,7 @@ def test_errors_in_a_worker_reach_the_user(tmp_path):
         workers=2,
         part_bytes=3000,
     )
-    with pytest.raises(DataError, match="a.jsonl' line 501 is not JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl' line 501 is not JSON"):
         prepare(settings)
     assert not (tmp_path / "out").exists()
 

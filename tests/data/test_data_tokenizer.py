@@ -37,9 +37,7 @@ def test_lossless_on_a_thousand_chunks_of_prose_and_code_and_on_edges(sotu):
     *_, documents, tokenizer = sotu
     prose = "".join(documents)
     library = Path(sysconfig.get_paths()["stdlib"])
-    code = "".join(
-        path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))[:60]
-    )
+    code = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(library.glob("*.py"))[:60])
     sizes = tokenizer.token_bytes()
     chunks = [text[k * 1500 : (k + 1) * 1500] for text in (prose, code) for k in range(500)]
     assert len(set(chunks)) == 1000
@@ -53,7 +51,8 @@ def test_lossless_on_a_thousand_chunks_of_prose_and_code_and_on_edges(sotu):
 def test_settings(sotu):
     tokenizer = sotu[-1]
     pieces = [tokenizer._model.id_to_piece(index) for index in range(tokenizer.vocab_size)]
-    assert tokenizer.vocab_size == 2048 and tuple(pieces[:4]) == CONTROL_PIECES
+    assert tokenizer.vocab_size == 2048
+    assert tuple(pieces[:4]) == CONTROL_PIECES
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3)
     assert not [piece for piece in pieces[260:] if re.search(r"\d\d", piece)], "digits must be split"
     assert len(tokenizer.encode("The Congress of the United States")) < 10
@@ -63,9 +62,7 @@ def test_training_is_reproducible_and_the_seed_matters(sotu, tmp_path):
     source, shards, _, tokenizer = sotu
     again = train_tokenizer(shards, source, 2048, tmp_path / "again.model", sample_characters=2_000_000)
     assert again.fingerprint == tokenizer.fingerprint
-    other = train_tokenizer(
-        shards, source, 2048, tmp_path / "other.model", seed=7, sample_characters=2_000_000
-    )
+    other = train_tokenizer(shards, source, 2048, tmp_path / "other.model", seed=7, sample_characters=2_000_000)
     assert other.fingerprint != tokenizer.fingerprint
 
 
@@ -75,16 +72,15 @@ def test_the_sample_respects_its_limit_and_spans_the_source(sotu):
     assert 0.8e6 < sum(map(len, sample)) <= 1e6
     text = "".join(documents)
     places = [text.index(chunk) / len(text) for chunk in sample if len(chunk) > 500]
-    assert min(places) < 0.1 and max(places) > 0.9
+    assert min(places) < 0.1
+    assert max(places) > 0.9
     assert sum(map(len, sample_text(shards, source, 1, 10**9))) == len(text)
 
 
 def test_a_vocabulary_too_large_or_small_names_the_bound_that_works(tmp_path):
     source, shards, _ = read("tiny")
     path = tmp_path / "t.model"
-    with pytest.raises(
-        ConfigurationError, match=r"vocab_size=100000 is too large for 148,\d+ characters"
-    ) as error:
+    with pytest.raises(ConfigurationError, match=r"vocab_size=100000 is too large for 148,\d+ characters") as error:
         train_tokenizer(shards, source, 100_000, path)
     largest = int(re.search(r"use (\d+) or less", str(error.value))[1])
     with pytest.raises(ConfigurationError, match="vocab_size=100 is too small") as error:
@@ -92,9 +88,9 @@ def test_a_vocabulary_too_large_or_small_names_the_bound_that_works(tmp_path):
     smallest = int(re.search(r"use (\d+) or more", str(error.value))[1])
     assert not path.exists()
     for size in (smallest, largest):
-        assert train_tokenizer(shards, source, size, path).decode(
-            Tokenizer(path).encode(tiny_document(3))
-        ) == (tiny_document(3))
+        assert train_tokenizer(shards, source, size, path).decode(Tokenizer(path).encode(tiny_document(3))) == (
+            tiny_document(3)
+        )
     with pytest.raises(ConfigurationError):
         train_tokenizer(shards, source, largest + 1, path)
     with pytest.raises(ConfigurationError):

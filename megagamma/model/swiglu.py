@@ -1,0 +1,38 @@
+"""SwiGLU on the fused [gate | up] tensor, with a backward pass that writes both gradients in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps only its input; the halves' gradients go into one tensor, without a concatenation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        ctx.save_for_backward(x)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,), (output,) = ctx.saved_tensors, gradients
+        gate, up = x.chunk(2, dim=-1)
+        gradient = torch.empty_like(x)
+        to_gate, to_up = gradient.chunk(2, dim=-1)
+        torch.mul(output, torch.nn.functional.silu(gate), out=to_up)
+        torch.ops.aten.silu_backward.grad_input(output * up, gate, grad_input=to_gate)
+        return gradient
+
+
+class SwiGLUMLP(MLP):
+    """Megatron's MLP with its gated activation replaced; the two linear layers are the parent's."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden_size] -> ([s, b, hidden_size], None); there are no biases."""
+        fused, _bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(_SwiGLU.apply(fused))

@@ -1,0 +1,43 @@
+"""Every ZeRO stage is the same mathematics."""
+
+from __future__ import annotations
+
+import pytest
+from support.ranks import RankPool
+from support.train import train_steps
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def reference(two_ranks: RankPool, data_cache: str) -> list[tuple[float, float]]:
+    """ZeRO 0 on two ranks."""
+    return two_ranks.run(train_steps, arguments(data_cache, 0), STEPS)[0]
+
+
+def arguments(data_cache: str, stage: int) -> list[str]:
+    return ["--data.cache", data_cache, "--deepspeed_config", f"configs/deepspeed/zero{stage}.json"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_agree_on_two_ranks(
+    two_ranks: RankPool, data_cache: str, reference: list[tuple[float, float]], stage: int
+) -> None:
+    found = two_ranks.run(train_steps, arguments(data_cache, stage), STEPS)
+    assert found[0] == found[1]
+    for (loss, norm), (loss0, norm0) in zip(found[0], reference, strict=True):
+        assert loss == pytest.approx(loss0, rel=1e-5)
+        assert norm == pytest.approx(norm0, rel=1e-4)
+    # Negative control: training moves the loss by far more than the tolerance.
+    assert reference[0][0] - reference[-1][0] > 0.5
+
+
+def test_two_ranks_are_one(
+    two_ranks: RankPool, one_rank: RankPool, data_cache: str, reference: list[tuple[float, float]]
+) -> None:
+    found = one_rank.run(train_steps, arguments(data_cache, 0), STEPS)[0]
+    for (loss, norm), (loss0, norm0) in zip(found, reference, strict=True):
+        assert loss == pytest.approx(loss0, rel=1e-5)
+        assert norm == pytest.approx(norm0, rel=1e-4)
+    other = one_rank.run(train_steps, [*arguments(data_cache, 0), "--run.seed", "7"], 2)[0]
+    assert abs(other[0][0] - found[0][0]) > 1e-4

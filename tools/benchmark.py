@@ -1,0 +1,152 @@
+"""Speed as ratios: ours and a reference, taken in turns in one process on one machine.
+
+    python tools/benchmark.py [train] [init] [--json FILE]
+
+train: steps of `configs/model/17m.yaml` (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same
+shape under torch's AdamW, same batches, same threads. init: the counter-based streams against `torch.normal_`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megagamma.cli import main_guard
+
+
+def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median seconds of two functions called alternately, after one unmeasured call of each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_number in range(repeats + 1):
+        for function, found in zip((first, second), times, strict=True):
+            begin = time.perf_counter()
+            function()
+            if round_number:
+                found.append(time.perf_counter() - begin)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
+    """Tokens per second of a training step, ours and Hugging Face's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megagamma.config_io import parse_config
+    from megagamma.distributed.engine import Engine
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.model.cost import flops_per_token, measure_matmul_peak
+    from megagamma.model.gpt import build_model
+    from megagamma.model.hook import fill
+    from megagamma.model.parameters import ParameterMap, logical_parameters
+    from megagamma.training.optimizer import parameter_groups
+
+    config = parse_config(
+        [
+            *("--config", "configs/model/17m.yaml", "--data.corpus", "tiny", "--model.vocab_size", "4096"),
+            *("--model.attention_gate", "none", "--model.qk_norm", "false", "--run.device", "cpu"),
+            *("--data.global_batch_size", "4", "--data.micro_batch_size", "4", *arguments),
+        ]
+    )
+    model = config.model
+    runtime = Runtime(config)
+    chunks = build_model(config, torch.float32, runtime.device)
+    parameter_map = ParameterMap(list(chunks), model, 0, 1)
+    fill(parameter_map, config)
+    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    engine.set_learning_rate(1e-4)
+
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_query_groups,
+            head_dim=model.head_dim,
+            max_position_embeddings=config.data.sequence_length,
+            rms_norm_eps=model.norm_epsilon,
+            tie_word_embeddings=model.tie_embeddings,
+            use_cache=False,
+        )
+    )
+    adam = torch.optim.AdamW(reference.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    batch, length = config.data.global_batch_size, config.data.sequence_length
+    tokens = torch.randint(0, model.vocab_size or 2, (batch, length + 1))
+    ours_batch = {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:],
+        "loss_mask": torch.ones(batch, length),
+        "position_ids": torch.arange(length).repeat(batch, 1),
+    }
+
+    def ours() -> None:
+        engine.forward_backward([ours_batch])
+        engine.step()
+
+    def theirs() -> None:
+        # The labels are given shifted, so that both models predict the same positions.
+        out = reference(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous(), labels=tokens[:, :-1])
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    ours_seconds, theirs_seconds = in_turns(ours, theirs, steps)
+    peak = measure_matmul_peak(torch.float32)
+    flops = flops_per_token(model, length) * batch * length
+    result = {
+        "parameters": sum(logical.numel for logical in logical_parameters(model)),
+        "ours_tokens_per_second": batch * length / ours_seconds,
+        "llama_tokens_per_second": batch * length / theirs_seconds,
+        "ratio": theirs_seconds / ours_seconds,
+        "ours_share_of_matmul_peak": flops / ours_seconds / peak,
+    }
+    runtime.close()
+    return result
+
+
+def benchmark_init(repeats: int) -> dict[str, Any]:
+    """Normal numbers per second on one thread, ours and torch's."""
+    import torch
+
+    from megagamma.initialization.streams import normal_
+
+    torch.set_num_threads(1)
+    out = torch.empty(4096, 4096)
+    ours, theirs = in_turns(
+        lambda: normal_(out, seed=1, name="benchmark", global_shape=tuple(out.shape)), lambda: out.normal_(), repeats
+    )
+    return {
+        "ours_million_per_second": out.numel() / ours / 1e6,
+        "torch_million_per_second": out.numel() / theirs / 1e6,
+        "ratio": theirs / ours,
+    }
+
+
+def main() -> int:
+    """Run the asked benchmarks and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=["train", "init"], help="default: all")
+    parser.add_argument("--repeats", type=int, default=12, help="measured calls of each side (default 12)")
+    parser.add_argument("--json", help="write the numbers to this file too")
+    known, rest = parser.parse_known_args()
+    results: dict[str, Any] = {}
+    for which in known.which or ["init", "train"]:
+        results[which] = benchmark_init(known.repeats) if which == "init" else benchmark_train(known.repeats, rest)
+        print(which, json.dumps(results[which]), flush=True)
+    if known.json:
+        from megagamma.files import write_json
+
+        write_json(known.json, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
