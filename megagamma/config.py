@@ -337,9 +337,9 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed_config: str = "configs/deepspeed/zero1.json"
-    """DeepSpeed's own JSON file. Values "auto" are filled from the knobs above; a value that contradicts them is
-    refused."""
+    deepspeed_config: str = "auto"
+    """DeepSpeed's own JSON file; its "auto" values are filled from the knobs, contradictions are refused. auto:
+    configs/deepspeed/zero1.json, or zero0.json for fp32 on one data-parallel rank, which leaves ZeRO nothing to shard."""
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -65,7 +65,9 @@ def build_parser(program: str | None = None, description: str = "") -> jsonargpa
                 f"--{item.name}",
                 type=kind,
                 default=item.default,
-                help="DeepSpeed's JSON file; its 'auto' values are filled from the knobs, contradictions are refused.",
+                help="DeepSpeed's JSON file; its 'auto' values are filled from the knobs, contradictions are refused. "
+                "auto: configs/deepspeed/zero1.json, or zero0.json for fp32 on one data-parallel rank, where there is "
+                "nothing to shard.",
             )
     # The deepspeed launcher passes this to every process; the environment's LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, default=-1, help=jsonargparse.SUPPRESS)

@@ -53,6 +53,13 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     return values
 
 
+def deepspeed_file(config: Config, data_size: int, bf16: bool) -> str:
+    """Path of DeepSpeed's JSON file for a run with that many data-parallel ranks."""
+    if config.deepspeed_config != "auto":
+        return config.deepspeed_config
+    return f"configs/deepspeed/zero{0 if data_size == 1 and not bf16 else 1}.json"
+
+
 def zero_stage(values: dict[str, Any]) -> int:
     """ZeRO stage that DeepSpeed's JSON asks for (0 when it says nothing)."""
     stage = values.get("zero_optimization", {}).get("stage", 0)
@@ -251,7 +258,13 @@ def _layout_rules(config: Config, world_size: int) -> None:
             "of another microbatch would be met on recomputation: use --model.recompute selective"
         )
     replicas = layout(config, world_size)
-    stage = zero_stage(read_deepspeed_json(config.deepspeed_config))
+    bf16 = config.precision.dtype == "bf16"
+    stage = zero_stage(read_deepspeed_json(deepspeed_file(config, replicas, bf16)))
+    if bf16 and stage == 0:
+        raise ConfigurationError(
+            f"precision.dtype=bf16 needs fp32 master weights, which deepspeed_config={config.deepspeed_config} (ZeRO 0) "
+            "does not keep: use configs/deepspeed/zero1.json, which costs no more memory on one rank"
+        )
     if p > 1 and stage > 1:
         raise ConfigurationError(
             f"deepspeed_config={config.deepspeed_config} asks for ZeRO {stage}, which cannot be combined with "

@@ -28,7 +28,8 @@ def train(gamma: float, arguments: list[str]) -> Path:
     """One arm, through the DeepSpeed launcher as a user would start it; returns its folder."""
     folder = Path("runs") / f"demo-gamma{gamma:g}"
     command = [
-        *(str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "1", "megagamma/pretrain.py"),
+        *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "1"),
+        "megagamma/pretrain.py",
         *("--config", "configs/demo.yaml", "--init.gamma", str(gamma), "--run.folder", str(folder), *arguments),
     ]
     print(f"\n== gamma {gamma:g}: {' '.join(command[3:])}", flush=True)

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from megagamma.config import Config
-from megagamma.config_rules import read_deepspeed_json, zero_stage
+from megagamma.config_rules import deepspeed_file, read_deepspeed_json, zero_stage
 from megagamma.errors import ConfigurationError
 
 # What our own knobs decide. DeepSpeed's optimizer and scheduler sections would shadow them.
@@ -33,7 +33,7 @@ def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[st
     Raises:
         ConfigurationError: a value of the file that contradicts a knob.
     """
-    values = copy.deepcopy(read_deepspeed_json(config.deepspeed_config))
+    values = copy.deepcopy(read_deepspeed_json(deepspeed_file(config, data_size, bf16)))
     for section, knob in _OURS.items():
         if values.get(section, {}) and values[section].get("enabled", True):
             raise ConfigurationError(

@@ -240,7 +240,9 @@ class Engine:
                     dist.all_reduce(tensor.parameter.grad, group=parallel_state.get_embedding_group())
         self.deepspeed.set_gradient_accumulation_boundary(True)
         if self.stage == 0:
-            self.deepspeed.allreduce_gradients()
+            # On one rank DeepSpeed would still flatten and copy every gradient.
+            if self.runtime.data_size > 1:
+                self.deepspeed.allreduce_gradients()
         else:
             self.optimizer.reduce_gradients(pipeline_parallel=True)
 

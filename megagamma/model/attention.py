@@ -40,6 +40,22 @@ class SDPACoreAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
+class _Split(torch.autograd.Function):
+    """torch.split along the last axis, whose gradient is written in place instead of concatenated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.shape = sizes, x.shape
+        return x.split(sizes, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        whole = gradients[0].new_empty(ctx.shape)
+        for part, gradient in zip(whole.split(ctx.sizes, dim=-1), gradients, strict=True):
+            part.copy_(gradient)
+        return whole, None
+
+
 class RotaryAttention(SelfAttention):
     """Megatron's self-attention that rotates queries and keys by our table.
 
@@ -49,10 +65,22 @@ class RotaryAttention(SelfAttention):
     rotary: RotaryTable
 
     def get_query_key_value_tensors(  # type: ignore[override]
-        self, hidden_states: Tensor, *args: Any, **kwargs: Any
+        self, hidden_states: Tensor, key_value_states: Any = None, output_gate: bool = False, **_: Any
     ) -> tuple[Tensor, ...]:
-        query, key, *others = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        return self.rotary.rotate(query), self.rotary.rotate(key), *others
+        """hidden_states [s, b, hidden] -> query [s, b, heads, head_dim], key and value [s, b, groups, head_dim], and
+        the gate's logits, as the query, when `output_gate`; heads and groups of this rank. The parent's fused layout:
+        per group [q | gate | k | v]."""
+        fused, _bias = self.linear_qkv(hidden_states)
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        wide = self.num_attention_heads_per_partition // groups * width
+        sizes = [wide, wide, width, width] if output_gate else [wide, width, width]
+        query, *gate, key, value = _Split.apply(fused.view(*fused.shape[:2], groups, sum(sizes)), sizes)
+        query = query.reshape(*query.shape[:2], -1, width)
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return self.rotary.rotate(query), self.rotary.rotate(key), value, *gate
 
 
 class ElementwiseGatedAttention(RotaryAttention):
@@ -91,7 +119,7 @@ class HeadwiseGatedAttention(RotaryAttention):
     def get_query_key_value_tensors(  # type: ignore[override]
         self, hidden_states: Tensor, key_value_states: Any = None, output_gate: bool = False, **kwargs: Any
     ) -> tuple[Tensor, ...]:
-        query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states, **kwargs)
+        query, key, value = super().get_query_key_value_tensors(hidden_states)
         gate, _ = self.linear_gate(hidden_states)
         return query, key, value, gate
 

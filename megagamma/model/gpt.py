@@ -91,7 +91,7 @@ def layer_spec(config: Config) -> ModuleSpec:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-        spec.submodules.mlp.module = SwiGLUMLP
+        spec.submodules.mlp = SwiGLUMLP
         attention = spec.submodules.self_attention.submodules
         attention.core_attention = SDPACoreAttention
         if model.qk_norm:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megagamma.config import ROLES, Config, InitConfig
-from megagamma.config_rules import layout, read_deepspeed_json, zero_stage
+from megagamma.config_rules import deepspeed_file, layout, read_deepspeed_json, zero_stage
 from megagamma.initialization.gamma import ModelShape, exponent, target_std
 from megagamma.initialization.report import MatrixReport, Moments, measure, norm_saturation
 from megagamma.model.cost import bytes_per_rank, flops_per_token, parameter_counts, tokens_for_budget
@@ -122,12 +122,14 @@ def compare_schemes(config: Config) -> dict[str, dict[str, float]]:
 def cost_of(config: Config, world_size: int) -> dict[str, Any]:
     """Parameters, FLOPs, memory per rank and budget of a config, as plain values, units in the names."""
     data_size = layout(config, world_size)
-    values = read_deepspeed_json(config.deepspeed_config)
-    zero, section = zero_stage(values), values.get("zero_optimization", {})
     dtype = config.precision.dtype
     if dtype == "auto":
-        # As on a GPU, where memory is short. ZeRO 0 keeps no master weights and is for fp32 only.
-        dtype = "fp32" if zero == 0 or config.run.device == "cpu" else "bf16"
+        # As on a GPU, where memory is short.
+        dtype = "fp32" if config.run.device == "cpu" else "bf16"
+    values = read_deepspeed_json(deepspeed_file(config, data_size, dtype == "bf16"))
+    zero, section = zero_stage(values), values.get("zero_optimization", {})
+    if zero == 0:
+        dtype = "fp32"  # ZeRO 0 keeps no master weights
     rank = bytes_per_rank(
         config,
         data_size,

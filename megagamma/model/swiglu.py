@@ -5,32 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.mlp import MLP
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Keeps only its input; the halves' gradients go into one tensor, without a concatenation."""
+    """silu(gate) * up, whose gradients for both halves go into one tensor, without a concatenation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        ctx.save_for_backward(x)
-        return torch.nn.functional.silu(gate).mul_(up)
+        active = torch.nn.functional.silu(gate)
+        ctx.save_for_backward(x, active)
+        return active * up
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), (output,) = ctx.saved_tensors, gradients
+        (x, active), (output,) = ctx.saved_tensors, gradients
         gate, up = x.chunk(2, dim=-1)
         gradient = torch.empty_like(x)
         to_gate, to_up = gradient.chunk(2, dim=-1)
-        torch.mul(output, torch.nn.functional.silu(gate), out=to_up)
+        torch.mul(output, active, out=to_up)
         torch.ops.aten.silu_backward.grad_input(output * up, gate, grad_input=to_gate)
         return gradient
 
 
 class SwiGLUMLP(MLP):
-    """Megatron's MLP with its gated activation replaced; the two linear layers are the parent's."""
+    """Megatron's MLP of two parallel linear layers, with the gated activation between them replaced."""
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config, layers, **kwargs)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden_size] -> ([s, b, hidden_size], None); there are no biases."""

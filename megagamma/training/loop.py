@@ -227,7 +227,7 @@ class Trainer:
             checkpoint.prune(session.checkpoints, rules.keep_last, keep)
         took = time.perf_counter() - begin
         self.reporter.event("checkpoint", step=session.step, folder=path.name, seconds=took)
-        self.reporter.say(f"  saved {path} in {duration(took)}")
+        self.reporter.say(f"  saved {path} in {took:.1f}s")
 
     def _finish(self) -> None:
         self._sample()
