@@ -32,8 +32,21 @@ _SYNONYMS = {
     "optimizer.max_grad_norm": "optimizer.clip_grad",
     "parallel.tp": "parallel.tensor",
     "parallel.pp": "parallel.pipeline",
+    "learning_rate": "optimizer.lr",
     "data.seq_length": "data.sequence_length",
     "run.max_steps": "run.steps",
+}
+
+# Types in the words of a YAML file.
+_WORDS = {
+    "a typing.Literal": "one of ",
+    "<class 'int'>": "whole number",
+    "<class 'float'>": "number",
+    "a <class 'bool'>": "true or false",
+    "a <class 'str'>": "text (in quotes where it looks like a number)",
+    "a <class 'list'>": "a list, such as [first, second]",
+    "a <class 'dict'>": "a mapping, such as {name: value}",
+    "<class 'NoneType'>": "null",
 }
 
 
@@ -52,7 +65,7 @@ def build_parser(program: str | None = None, description: str = "") -> jsonargpa
     """The command-line parser whose schema is `Config`; programs may add arguments of their own to it."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog=program, description=description, exit_on_error=False, default_env=False
+        prog=program, description=description, exit_on_error=False, default_env=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file of knobs; repeatable, later files win.")
     hints = get_type_hints(Config)
@@ -96,8 +109,15 @@ def _explain(error: BaseException) -> str:
         hint = f"did you mean {near}?" if near else "see --help for every knob"
         return f"{key} is not a knob: {hint}"
     text = re.sub(r"Parser key \"?([\w.]+)\"?:", r"\1:", text)
-    text = text.replace("typing.Literal", "one of ").replace("<class 'int'>", "whole number")
-    return text.replace("<class 'float'>", "number").replace("<class 'bool'>", "true or false")
+    # A knob that may be left out: of its two complaints only the one about the other type helps.
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes .*Errors: - (.*?) - .*Given value: (.*)",
+        r"\1, or null. Got value: \2",
+        text,
+    )
+    for found, word in _WORDS.items():
+        text = text.replace(found, word)
+    return text
 
 
 def to_config(namespace: Any) -> Config:
@@ -114,6 +134,30 @@ def to_config(namespace: Any) -> Config:
     return config
 
 
+def _check_file(path: str) -> None:
+    """Refuse a file whose form is not that of a config, naming it; its knobs are the parser's matter.
+
+    Raises:
+        ConfigurationError: missing, not YAML, or not sections of knobs.
+    """
+    if not os.path.isfile(path):
+        raise ConfigurationError(f"--config {path}: there is no such file: give the path of a YAML file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"--config {path}: not YAML ({reason}): mend the file") from error
+    if not isinstance(values, dict):
+        what = "empty" if values is None else f"a {type(values).__name__}"
+        raise ConfigurationError(f"--config {path}: is {what}: give sections of knobs, such as 'run: {{steps: 10}}'")
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind) and name in values and not isinstance(values[name], dict):
+            raise ConfigurationError(
+                f"--config {path}: {name}={values[name]!r}: {name} is a section: give its knobs, such as "
+                f"'{name}: {{{dataclasses.fields(kind)[0].name}: ...}}'"
+            )
+
+
 def parse_namespace(parser: jsonargparse.ArgumentParser, arguments: list[str] | None = None) -> Any:
     """Parse, turning every complaint of the parser into a `ConfigurationError`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -123,8 +167,8 @@ def parse_namespace(parser: jsonargparse.ArgumentParser, arguments: list[str] | 
             path = arguments[position + 1]
         elif argument.startswith("--config="):
             path = argument.split("=", 1)[1]
-        if path and not os.path.isfile(path):
-            raise ConfigurationError(f"--config {path}: there is no such file: give the path of a YAML file")
+        if path:
+            _check_file(path)
     try:
         return parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:

@@ -19,7 +19,9 @@ DEFAULT_STEPS = 1000
 def resolve(config: Config) -> Config:
     """Fill the defaults that follow from other knobs, in place; returns the config. Idempotent."""
     model = config.model
-    if model.head_dim is None and model.num_attention_heads > 0 and model.hidden_size % model.num_attention_heads:
+    heads, width = model.num_attention_heads, model.hidden_size
+    # Sizes below 1 are named by `validate`.
+    if model.head_dim is None and heads > 0 and width > 0 and width % heads:
         raise ConfigurationError(
             f"model.num_attention_heads={model.num_attention_heads} must divide model.hidden_size="
             f"{model.hidden_size}: {_divisors(model.hidden_size)}, or set model.head_dim"
@@ -62,7 +64,12 @@ def deepspeed_file(config: Config, data_size: int, bf16: bool) -> str:
 
 def zero_stage(values: dict[str, Any]) -> int:
     """ZeRO stage that DeepSpeed's JSON asks for (0 when it says nothing)."""
-    stage = values.get("zero_optimization", {}).get("stage", 0)
+    section = values.get("zero_optimization", {})
+    if not isinstance(section, dict):
+        raise ConfigurationError(
+            f'deepspeed_config: zero_optimization={section} must be an object, such as {{"stage": 1}}'
+        )
+    stage = section.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigurationError(f"deepspeed_config: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
     return int(stage)
@@ -153,13 +160,13 @@ def _init_rules(config: Config) -> None:
             f"init.{overridden[0]}={getattr(config.init, overridden[0])} has no meaning with "
             f"init.scheme={config.init.scheme}: use --init.scheme gamma, or leave the exponents out"
         )
-    for role in config.optimizer.lr_factors:
+    for role, factor in config.optimizer.lr_factors.items():
         if role not in (*ROLES, "norm"):
             raise ConfigurationError(
                 f"optimizer.lr_factors: {role!r} is not a role: use {', '.join(ROLES)} or norm"
             )
-
-
+        if not 0 <= factor < math.inf:
+            raise ConfigurationError(f"optimizer.lr_factors: {role}={factor} must be a finite number, 0 or more")
     fused = [("query", "key", "value"), ("mlp_gate", "mlp_up")]
     if config.model.attention_gate == "elementwise":
         fused[0] += ("gate",)  # type: ignore[assignment]
@@ -317,8 +324,10 @@ def _data_rules(config: Config) -> None:
             raise ConfigurationError(
                 f"data.weights has {len(data.weights)} values for {max(1, len(data.paths))} paths: give one per path"
             )
-        if min(data.weights) < 0 or sum(data.weights) <= 0:
-            raise ConfigurationError(f"data.weights={data.weights} must not be negative, and one must be positive")
+        if not all(0 <= weight < math.inf for weight in data.weights) or sum(data.weights) <= 0:
+            raise ConfigurationError(
+                f"data.weights={data.weights} must be finite and not negative, and one must be positive"
+            )
 
 
 def validate(config: Config, world_size: int = 1) -> None:

@@ -58,6 +58,8 @@ def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[st
             )
         # A step whose gradients are not finite is left out instead of applied.
         values["bf16"].setdefault("check_grad_overflow", True)
+        # Microbatches add up in fp32 as they come, on either road of the engine.
+        values["bf16"].setdefault("immediate_grad_update", True)
         values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values.setdefault("zero_allow_untested_optimizer", True)
     return values

@@ -243,8 +243,11 @@ class Engine:
             # On one rank DeepSpeed would still flatten and copy every gradient.
             if self.runtime.data_size > 1:
                 self.deepspeed.allreduce_gradients()
-        else:
+        elif hasattr(self.optimizer, "reduce_gradients"):
             self.optimizer.reduce_gradients(pipeline_parallel=True)
+        else:
+            # bf16 weights under ZeRO 1: hooks have summed the microbatches' gradients in fp32.
+            self.deepspeed.allreduce_gradients()
 
     def _clip(self, limit: float) -> float:
         """Clip to a global L2 norm (0: do not); returns the norm before. For ZeRO 0, where DeepSpeed does not tell it.
@@ -292,6 +295,10 @@ class Engine:
         """Drop the gradients of `forward_backward`; weights and moments stay."""
         if self.stage == 0:
             self.deepspeed.zero_grad()
+            return
+        if hasattr(self.optimizer, "clear_hp_grads"):
+            self.optimizer.clear_hp_grads()
+            self.optimizer.clear_lp_grads()
             return
         # DeepSpeed leaves a step out, and cleans up after it, when the norm is not a number.
         bad = torch.tensor(math.nan, device=self.runtime.device)

@@ -30,6 +30,8 @@ class OptimizerState:
             return [tensor.parameter for tensor in self.map]
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
+        if hasattr(self.optimizer, "fp32_groups_flat_partition"):  # bf16 weights under ZeRO 1
+            return list(self.optimizer.fp32_groups_flat_partition)
         return list(self.optimizer.single_partition_of_fp32_groups)
 
     def _create_moments(self) -> None:
