@@ -13,7 +13,7 @@ from megagamma.errors import MegagammaError
 def main_guard(function: Callable[[], int | None]) -> int:
     """Run a program: a user's error becomes one line on standard error and its exit code.
 
-    Of several ranks that meet the same error only the first speaks.
+    Of several ranks that meet the same error only the first speaks; one that is alone with it (`on_one_rank`) does.
 
     Returns:
         The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
@@ -25,9 +25,10 @@ def main_guard(function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except MegagammaError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank == 0 or error.on_one_rank:
             sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -144,6 +144,12 @@ def _positive(config: Config) -> None:
         top = "1 excluded" if name.startswith("optimizer") else "1"
         if not 0 <= value <= 1 or (value == 1 and top != "1"):
             raise ConfigurationError(f"{name}={value} must lie between 0 and {top}")
+    schedule = config.schedule
+    if schedule.shape == "wsd" and schedule.warmup_steps is None and schedule.warmup_ratio + schedule.decay_ratio > 1:
+        raise ConfigurationError(
+            f"schedule.warmup_ratio={schedule.warmup_ratio} and schedule.decay_ratio={schedule.decay_ratio} of "
+            "schedule.shape=wsd must add up to at most 1: the decay would begin before the warm-up ends"
+        )
 
 
 def _init_rules(config: Config) -> None:

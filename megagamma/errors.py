@@ -9,6 +9,8 @@ class MegagammaError(Exception):
     """Base of all errors that a user can cause and mend."""
 
     exit_code = 2
+    on_one_rank = False
+    """Whether the other ranks do not meet it, so that the one that does must speak."""
 
 
 class ConfigurationError(MegagammaError):

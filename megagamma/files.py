@@ -30,7 +30,7 @@ def write_text(path: str | Path, text: str) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             file.write(text)
             file.flush()
@@ -58,6 +58,7 @@ def advice(error: OSError) -> str:
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EACCES: "give yourself the right to write there or choose another folder",
         errno.ENOTDIR: "a file stands where a folder is needed: choose another folder",
+        errno.EEXIST: "a file stands where a folder is needed: choose another folder",
     }
     return known.get(error.errno or 0, "choose another folder")
 

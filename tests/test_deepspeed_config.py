@@ -54,7 +54,8 @@ def test_bf16_is_filled_and_overflow_is_checked(stage: int) -> None:
         [*SMOKE, "--precision.dtype", "bf16", "--deepspeed_config", f"configs/deepspeed/zero{stage}.json"]
     )
     values = fill_deepspeed_config(config, 1, bf16=True)
-    assert values["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert values["bf16"]["enabled"] is True
+    assert values["bf16"]["check_grad_overflow"] is True
     assert values["data_types"]["grad_accum_dtype"] == "fp32"
 
 

@@ -136,6 +136,9 @@ class Engine:
         self.hooked = self.stage > 0 and self.pipeline == 1
         if runtime.tensor_size > 1:
             sum_replicated_gradients(parameter_map)
+        for tensor in parameter_map:
+            # DeepSpeed's gradient norm would count a tied embedding on both of its stages.
+            tensor.parameter.ds_pipe_replicated = tensor.is_copy  # type: ignore[attr-defined]
         adam = torch.optim.AdamW(
             groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
         )
@@ -261,7 +264,7 @@ class Engine:
             for tensor in self.map
             if tensor.parameter.grad is not None
             and (tensor.is_split or self.runtime.tensor_rank == 0)
-            and not (tensor.name == "output_layer.weight" and tensor.role == "embedding")
+            and not tensor.is_copy
         ]
         square = torch.zeros((), dtype=torch.float32, device=self.runtime.device)
         if counted:
@@ -328,6 +331,8 @@ class Engine:
             position: index of the last known token.
         """
         self.deepspeed.eval()
+        # The interleaved schedule runs a multiple of the number of stages.
+        count = self.pipeline if len(self.chunks) > 1 else 1
         positions = torch.arange(tokens.shape[1]).unsqueeze(0)
 
         def forward_step(_: Any, chunk: Any, *__: Any) -> tuple[Tensor, Any]:
@@ -340,7 +345,7 @@ class Engine:
             forward_step_func=forward_step,
             data_iterator=[iter(())] * len(self.chunks) if len(self.chunks) > 1 else iter(()),
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=1,
+            num_microbatches=count,
             seq_length=tokens.shape[1],
             micro_batch_size=1,
             forward_only=True,

@@ -67,10 +67,12 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigurationError("run.device=cuda, but torch sees no GPU here: use --run.device cpu or auto")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigurationError(
+        error = ConfigurationError(
             f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}: start that many "
             "processes per node, or use --run.device cpu"
         )
+        error.on_one_rank = True
+        raise error
     return torch.device("cuda", local_rank)
 
 
@@ -161,10 +163,12 @@ class Runtime:
                     f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on {where}: choose a free "
                     "port (deepspeed --master_port N, torchrun --master-port N)"
                 ) from error
-            raise DistributedError(
+            alone = DistributedError(
                 f"rank {self.rank} of {self.size} could not join the run at {where}: {text[:300]}: check that all "
                 "processes were started and that the address is reachable"
-            ) from error
+            )
+            alone.on_one_rank = True
+            raise alone from error
         return time.perf_counter() - begin
 
     def _form_groups(self) -> None:

@@ -77,7 +77,11 @@ def transformer_config(config: Config, dtype: torch.dtype, device: torch.device)
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
-        deallocate_pipeline_outputs=True,
+        # gloo sends from the tensor itself, after the schedule would have freed it.
+        deallocate_pipeline_outputs=device.type == "cuda",
+        # With two stages the next and the previous stage are one rank: batched sends to them would be mixed up.
+        overlap_p2p_comm=bool(parallel.virtual_pipeline and parallel.virtual_pipeline > 1),
+        batch_p2p_comm=not (parallel.virtual_pipeline and parallel.virtual_pipeline > 1),
         **recompute,
     )
 

@@ -217,6 +217,11 @@ class MappedTensor:
         return self.parts[0].logical.role
 
     @property
+    def is_copy(self) -> bool:
+        """Whether it is the last stage's copy of a tied embedding, whose original is on the first stage."""
+        return self.name == "output_layer.weight" and self.role == "embedding"
+
+    @property
     def is_split(self) -> bool:
         """Whether tensor-parallel ranks hold different parts of it."""
         return self.parts[0].logical.split_axis is not None

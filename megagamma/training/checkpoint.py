@@ -35,6 +35,8 @@ from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
 from megagamma.training.shards import ShardWriter, checksum
 
 FORMAT_VERSION = 1
+# What a resume needs of checkpoint.json.
+_KEYS = ("step", "adam_step", "config", "consumed_samples", "seconds", "tokenizer", "progress", "files")
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -58,8 +60,8 @@ def _pieces(engine: Engine) -> list[_Piece]:
     """What this pipeline stage writes, in the same order on all its ranks; owners take turns."""
     runtime, found = engine.runtime, []
     for tensor in engine.map:
-        if tensor.name == "output_layer.weight" and tensor.role == "embedding":
-            continue  # the tied copy on the last stage
+        if tensor.is_copy:
+            continue
         for name in dict.fromkeys(part.logical.name for part in tensor.parts):
             parts = tuple(part for part in tensor.parts if part.logical.name == name)
             number = len(found)
@@ -155,7 +157,9 @@ def save(engine: Engine, root: Path, step: int, state: dict[str, Any]) -> Path:
         # On several ranks the others wait in a collective for this one: leave, and the launcher ends them.
         problem = f"{partial.name}: cannot be written ({error.strerror}): {advice(error)}"
         if runtime.size > 1:
-            raise CheckpointError(problem) from error
+            alone = CheckpointError(problem)
+            alone.on_one_rank = True
+            raise alone from error
     found = runtime.gather((files, problem))
     problems = [one for _, one in found if one]
     if problems:
@@ -217,14 +221,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "checkpoint.json"
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: not a checkpoint, or not a finished one: checkpoint.json is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): use another checkpoint of the run") from error
-    if manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {manifest.get('version')} is not {FORMAT_VERSION}")
-    return manifest
+        raise CheckpointError(f"{path}: cannot be read ({error}): {remedy(folder)}") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version} is not {FORMAT_VERSION}: {remedy(folder)}")
+    missing = [key for key in _KEYS if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} is missing: {remedy(folder)}")
+    found: dict[str, Any] = manifest
+    return found
+
+
+def remedy(folder: Path) -> str:
+    """What a user can do about a checkpoint that is damaged."""
+    return f"copy it again, or delete {folder.name} to go on from the checkpoint before it"
 
 
 def verify(folder: Path, manifest: dict[str, Any], full: bool = True, share: tuple[int, int] = (0, 1)) -> None:
@@ -241,14 +255,13 @@ def verify(folder: Path, manifest: dict[str, Any], full: bool = True, share: tup
     """
     for entry in manifest["files"][share[0] :: share[1]]:
         path = folder / entry["file"]
-        remedy = "use another checkpoint of the run"
         if not path.exists():
-            raise CheckpointError(f"{path}: missing: {remedy}")
+            raise CheckpointError(f"{path}: missing: {remedy(folder)}")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise CheckpointError(f"{path}: {size} bytes, where {entry['bytes']} were written: {remedy}")
+            raise CheckpointError(f"{path}: {size} bytes, where {entry['bytes']} were written: {remedy(folder)}")
         if full and checksum(path) != entry["xxh3_128"]:
-            raise CheckpointError(f"{path}: its content is not what was written (checksum): {remedy}")
+            raise CheckpointError(f"{path}: its content is not what was written (checksum): {remedy(folder)}")
 
 
 class CheckpointReader:

@@ -170,15 +170,18 @@ class Trainer:
         """Loss on every validation set; nats per token and bits per byte of text."""
         values: dict[str, float] = {}
         micro, ranks = self.config.data.micro_batch_size, self.runtime.data_size
+        stages = self.config.parallel.pipeline  # microbatches at a time, to fill the pipeline
         for name, held_out in self.session.data.validation.items():
             limit = self.config.validation.windows
             windows = held_out.windows if full or limit == 0 else min(limit, held_out.windows)
             total, tokens = 0.0, 0.0
-            for first in range(0, windows, micro * ranks):
-                ids = microbatch_ids(first, 0, micro, self.runtime.data_rank, ranks)
-                # Numbers past the last window stand for empty ones, so that every rank runs the same passes.
-                batch = held_out.batch([index if index < windows else held_out.windows for index in ids])
-                one, count = self.engine.evaluate([batch])
+            for first in range(0, windows, micro * ranks * stages):
+                batches = []
+                for number in range(stages):
+                    ids = microbatch_ids(first, number, micro, self.runtime.data_rank, ranks)
+                    # Numbers past the last window stand for empty ones, so that every rank runs the same passes.
+                    batches.append(held_out.batch([index if index < windows else held_out.windows for index in ids]))
+                one, count = self.engine.evaluate(batches)
                 total, tokens = total + one, tokens + count
             loss = total / max(tokens, 1.0)
             bits = total / (math.log(2) * held_out.predicted_bytes(windows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -43,10 +44,11 @@ class JsonLines:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line)
+                values = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if isinstance(values, dict) and values.get("step", 0) <= step:
+                kept.append(line)
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
@@ -65,7 +67,9 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # What could not be written was an error then; here it would hide that one.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
 

@@ -89,7 +89,7 @@ def _claim_folder(config: Config) -> int | None:
     Raises:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
     """
-    folder = require_writable(config.run.folder, "run.folder")
+    folder = Path(config.run.folder)
     saved = checkpoint.steps_saved(folder / "checkpoints")
     mode = config.run.resume
     if mode == "never" and (saved or (folder / "metrics.jsonl").exists()):
@@ -101,6 +101,7 @@ def _claim_folder(config: Config) -> int | None:
             f"run.folder={folder} holds no finished checkpoint, and run.resume=must: check the folder's name, or use "
             "--run.resume auto"
         )
+    require_writable(folder, "run.folder")
     return saved[-1] if saved else None
 
 

@@ -1,0 +1,114 @@
+"""Runs that are expected to fail or to be killed, and what they leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.ranks import free_port
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMOKE = ("--config", "configs/smoke.yaml")
+
+
+def attempt(arguments: list[str], train: bool = False) -> tuple[str, int, str]:
+    """Inside a rank: prepare (and train) a smoke run; returns the error's class, exit code and text, or ("", code, "").
+
+    Another kind of exception than the project's own is not caught: it fails the test.
+    """
+    from megagamma.config_io import parse_config
+    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.errors import MegagammaError
+    from megagamma.training.loop import Trainer
+    from megagamma.training.setup import prepare_session
+
+    try:
+        config = parse_config([*SMOKE, *arguments], world_size=world_from_environment().size)
+        session = prepare_session(config)
+        return "", Trainer(session).run() if train else 0, ""
+    except MegagammaError as error:
+        return type(error).__name__, error.exit_code, str(error)
+    finally:
+        Runtime.close_groups()
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too, with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; a last one that is still being written is left out."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(folder: Path) -> list[float]:
+    """Losses of steps 1, 2, ...; every step must be there once."""
+    found = metrics(folder)
+    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
+    return [line["loss"] for line in found]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without a launcher's variables. One thread, so that sums are added in one order."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in launcher}
+    return {**kept, "OMP_NUM_THREADS": "1", **more}
+
+
+def command(launcher: str = "python") -> list[str]:
+    """The start of a command line that trains, on one process or two."""
+    beside, port = Path(sys.executable).parent, str(free_port())
+    starts = {
+        "python": [sys.executable],
+        "torchrun": [str(beside / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
+        "deepspeed": [str(beside / "deepspeed"), "--num_gpus", "2", "--master_port", port],
+    }
+    return [*starts[launcher], str(ROOT / "megagamma" / "pretrain.py"), *SMOKE]
+
+
+def start(arguments: list[str], launcher: str = "python", **more: str) -> subprocess.Popen[str]:
+    """Start a run through its command line, in a session of its own."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return subprocess.Popen(
+        [*command(launcher), *arguments], cwd=ROOT, env=environment(PATH=path, **more), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+    """Wait for a run; returns its exit code, output and error output. A run that does not end is killed and fails."""
+    import signal
+
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"did not end in {seconds} s:\n{out[-2000:]}\n{err[-2000:]}") from error
+    return process.returncode, out, err
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
+    """Poll quickly until the condition holds; fails when the process ends or the time is over."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if process.poll() is not None:
+            out, err = process.communicate()
+            raise AssertionError(f"ended early with {process.returncode}:\n{out[-2000:]}\n{err[-2000:]}")
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.0005)
+    return value
