@@ -55,7 +55,9 @@ def read_run(folder: Path) -> RunRecord:
     metrics = _lines(folder / "metrics.jsonl")
     if not metrics:
         raise DataError(f"{folder}: metrics.jsonl has no steps yet: train first")
-    return RunRecord(folder.name, load_config(folder / "config.yaml").init.gamma, metrics, _lines(folder / "samples.jsonl"))
+    return RunRecord(
+        folder.name, load_config(folder / "config.yaml").init.gamma, metrics, _lines(folder / "samples.jsonl")
+    )
 
 
 def comparison(runs: list[RunRecord]) -> list[dict[str, Any]]:

@@ -207,10 +207,10 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The config that `as_dict` gave. Keys of a section that are not there take their defaults."""
-    sections = {}
+    sections: dict[str, Any] = {}
     for name, kind in get_type_hints(Config).items():
         if name in values:
-            sections[name] = kind(**values[name]) if dataclasses.is_dataclass(kind) else values[name]
+            sections[name] = kind(**values[name]) if dataclasses.is_dataclass(kind) else values[name]  # type: ignore[operator]
     config = Config(**sections)
     config.optimizer.betas = tuple(config.optimizer.betas)  # type: ignore[assignment]
     return config

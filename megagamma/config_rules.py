@@ -168,9 +168,7 @@ def _init_rules(config: Config) -> None:
         )
     for role, factor in config.optimizer.lr_factors.items():
         if role not in (*ROLES, "norm"):
-            raise ConfigurationError(
-                f"optimizer.lr_factors: {role!r} is not a role: use {', '.join(ROLES)} or norm"
-            )
+            raise ConfigurationError(f"optimizer.lr_factors: {role!r} is not a role: use {', '.join(ROLES)} or norm")
         if not 0 <= factor < math.inf:
             raise ConfigurationError(f"optimizer.lr_factors: {role}={factor} must be a finite number, 0 or more")
     fused = [("query", "key", "value"), ("mlp_gate", "mlp_up")]

@@ -1,6 +1,6 @@
 """Table and loss curves of several runs.
 
-    python tools/compare_runs.py runs/a runs/b --output runs/comparison
+python tools/compare_runs.py runs/a runs/b --output runs/comparison
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ def prepared_folders(config: Config) -> list[str]:
         for folder in config.data.paths:
             verify_prepared(folder)
         return list(config.data.paths)
-    settings = embedded_settings(
-        config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size
-    )
+    settings = embedded_settings(config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size)
     return [str(prepare(settings))]
 
 

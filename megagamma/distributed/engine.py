@@ -179,9 +179,7 @@ class Engine:
             inputs = self._inputs(next(iterator))
             mask = inputs.pop("loss_mask")
             module = self.deepspeed if self.hooked else chunk
-            output = module(
-                inputs["tokens"], inputs["position_ids"], inputs["attention_mask"], labels=inputs["labels"]
-            )
+            output = module(inputs["tokens"], inputs["position_ids"], inputs["attention_mask"], labels=inputs["labels"])
 
             def loss_of(output: Tensor) -> tuple[Tensor, Tensor]:
                 total = (output.float() * mask).sum()

@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,8 +236,8 @@ class ParameterMap:
         self.model = model
         self.tensors: list[MappedTensor] = []
         for chunk in chunks:
-            layers = chunk.decoder.layers  # type: ignore[union-attr]
-            first_layer = layers[0].layer_number - 1 if len(layers) else 0  # type: ignore[index]
+            layers: Any = chunk.decoder.layers  # type: ignore[union-attr]
+            first_layer = layers[0].layer_number - 1 if len(layers) else 0
             for name, parameter in chunk.named_parameters():
                 parts = parts_of(name, model, first_layer, rank, size)
                 # Under ZeRO 3 the parameter itself is an empty stub, its true shape beside it.

@@ -58,7 +58,8 @@ class _Piece:
 
 def _pieces(engine: Engine) -> list[_Piece]:
     """What this pipeline stage writes, in the same order on all its ranks; owners take turns."""
-    runtime, found = engine.runtime, []
+    runtime = engine.runtime
+    found: list[_Piece] = []
     for tensor in engine.map:
         if tensor.is_copy:
             continue
@@ -223,7 +224,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: not a checkpoint, or not a finished one: checkpoint.json is missing") from None
+        raise CheckpointError(
+            f"{folder}: not a checkpoint, or not a finished one: checkpoint.json is missing"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): {remedy(folder)}") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
@@ -278,7 +281,9 @@ class CheckpointReader:
         """Logical names of the weights."""
         return [name for kind, name in self._where if kind == "weight"]
 
-    def read(self, kind: str, name: str, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+    def read(
+        self, kind: str, name: str, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
         """A logical tensor, or the rectangle of it at `start` with `shape`. fp32, on the CPU."""
         file = self._where.get((kind, name))
         if file is None:

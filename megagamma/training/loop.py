@@ -11,7 +11,7 @@ import torch
 from megagamma.config_io import as_dict
 from megagamma.data.batches import microbatch_ids
 from megagamma.errors import TrainingError
-from megagamma.model.cost import flops_per_token, measure_matmul_peak, known_peak_flops
+from megagamma.model.cost import flops_per_token, known_peak_flops, measure_matmul_peak
 from megagamma.training import checkpoint
 from megagamma.training.guard import LossGuard, StopSignals
 from megagamma.training.metrics import duration, validation_line
@@ -192,9 +192,7 @@ class Trainer:
     def _sample(self) -> None:
         logging = self.config.logging
         if logging.sample_tokens:
-            text = continue_text(
-                self.engine, self.session.data.tokenizer, logging.sample_prompt, logging.sample_tokens
-            )
+            text = continue_text(self.engine, self.session.data.tokenizer, logging.sample_prompt, logging.sample_tokens)
             self.reporter.sample(self.session.step, logging.sample_prompt, text)
 
     def _is_permanent(self, step: int) -> bool:

@@ -22,7 +22,7 @@ def _cell(value: float, form: str) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as 45s, 3m20s or 2h05m."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:

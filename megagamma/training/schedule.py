@@ -66,9 +66,11 @@ def total_steps(config: Config) -> int:
     assert config.run.tokens is not None
     wanted = math.ceil(config.run.tokens / config.data.sequence_length)
     consumed, steps = 0, 0
-    while consumed < wanted and config.data.batch_ramp is not None and batch_size(
-        config.data, consumed
-    ) < config.data.global_batch_size:
+    while (
+        consumed < wanted
+        and config.data.batch_ramp is not None
+        and batch_size(config.data, consumed) < config.data.global_batch_size
+    ):
         consumed += batch_size(config.data, consumed)
         steps += 1
     return steps + max(0, math.ceil((wanted - consumed) / config.data.global_batch_size))

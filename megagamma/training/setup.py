@@ -47,7 +47,10 @@ def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str
         return torch.bfloat16, None
     ratio = matmul_speed(torch.bfloat16) / matmul_speed(torch.float32)
     advice = "use --precision.dtype fp32" if ratio < 1 else "which loses precision against fp32"
-    return torch.bfloat16, f"precision.dtype=bf16 on a CPU: its matrix products run at {ratio:.2f} x fp32 here: {advice}"
+    return (
+        torch.bfloat16,
+        f"precision.dtype=bf16 on a CPU: its matrix products run at {ratio:.2f} x fp32 here: {advice}",
+    )
 
 
 def matmul_speed(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
@@ -131,9 +134,7 @@ def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fing
     return differences(saved, config, ("data", "optimizer", "schedule"))
 
 
-def _initialize(
-    config: Config, runtime: Runtime, chunks: list[Any], parameter_map: ParameterMap, folder: Path
-) -> list[MatrixReport]:
+def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, folder: Path) -> list[MatrixReport]:
     """Fill the weights and report what was drawn; refuses weights that are not what was asked for."""
     drawn = fill(parameter_map, config)
     matrices = report_drawn(drawn, config, runtime.gather_over_model)
@@ -170,7 +171,7 @@ def prepare_session(config: Config) -> Session:
     chunks = build_model(config, dtype, runtime.device)
     parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
     if manifest is None:
-        _initialize(config, runtime, chunks, parameter_map, folder)
+        _initialize(config, runtime, parameter_map, folder)
     else:
         parameter_map.mark_tensor_parallel()
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))

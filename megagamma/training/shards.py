@@ -51,7 +51,7 @@ class ShardWriter:
         if name != expected or tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{self.path.name}: expected {expected} {shape}, was given {name} {tuple(tensor.shape)}")
         values = tensor.detach().to("cpu", torch.float32).contiguous()
-        self._put(memoryview(values.view(-1).numpy()).cast("B"))
+        self._put(values.view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> tuple[int, str]:
         """Finish the file durably; returns its size in bytes and its checksum.

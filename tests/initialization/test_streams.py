@@ -83,9 +83,7 @@ def test_random_slices_of_matrices_equal_the_full_draw(threads, monkeypatch):
             truncate = rng.choice([None, None, 1.5])
             full = reference(shape, trial, truncate)
             start = tuple(rng.randrange(s) for s in shape)
-            size = tuple(
-                rng.choice([s - a, rng.randint(1, s - a)]) for s, a in zip(shape, start, strict=True)
-            )
+            size = tuple(rng.choice([s - a, rng.randint(1, s - a)]) for s, a in zip(shape, start, strict=True))
             part = draw(size, shape, start, seed=trial, truncate=truncate)
             rows, columns = (slice(a, a + n) for a, n in zip(start, size, strict=True))
             assert same(part, full[rows, columns]), (shape, rows, columns)
@@ -267,9 +265,7 @@ def test_independence(sample):
         assert correlation(sample[:-lag] ** 2 - 1, sample[lag:] ** 2 - 1) < 2 * 4.5
     assert correlation(sample[0::2] ** 2 - 1, sample[1::2] ** 2 - 1) < 2 * 4.5
     size = 1 << 18
-    others = [
-        draw((size,), seed=s, name=n).double().numpy() for s, n in [(11, "sample1"), (12, "sample"), (0, "")]
-    ]
+    others = [draw((size,), seed=s, name=n).double().numpy() for s, n in [(11, "sample1"), (12, "sample"), (0, "")]]
     for a, b in itertools.combinations([sample[:size], *others], 2):
         assert correlation(a, b) < 4.5
 

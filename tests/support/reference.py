@@ -61,9 +61,7 @@ def to_reference(logical: dict[str, Tensor], model: Any, gate_order: str = "per_
         if model.attention_gate == "headwise":
             gate = gate.repeat_interleave(head_dim, dim=0)
         query = state[query_name]
-        state[query_name] = (
-            _per_head(query, gate, head_dim) if gate_order == "per_head" else torch.cat((query, gate))
-        )
+        state[query_name] = _per_head(query, gate, head_dim) if gate_order == "per_head" else torch.cat((query, gate))
     # Qwen3.5's norms multiply by 1 + weight.
     return {name: _cut(name, tensor - 1 if "norm" in name else tensor, model) for name, tensor in state.items()}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.processes import attempt, finish, losses, snapshot, start
+from support.processes import attempt, attempt_with_small_files, finish, losses, snapshot, start
 from support.ranks import RankPool
 
 from megagamma.data.prepare import embedded_settings, prepare
@@ -143,6 +143,19 @@ def test_disk_that_is_full_at_any_point(
     root = disk / "run" / "checkpoints"
     assert steps_saved(root) == [1, 2]
     verify(root / "step_00000002", read_manifest(root / "step_00000002"))
+
+
+def test_files_that_may_not_grow(one_rank: RankPool, copy: Path, data_cache: str) -> None:
+    """The same without the rights to mount: a limit of 1 MB per file, which a checkpoint's files exceed."""
+    given = ["--run.folder", str(copy), "--data.cache", data_cache, "--run.steps", "4"]
+    kind, code, text = one_rank.run(attempt_with_small_files, given, 1_000_000)[0]
+    assert (kind, code) == ("CheckpointError", 2), text
+    assert "checkpoint of step 4" in text
+    assert "the ones before are untouched" in text
+    assert steps_saved(copy / "checkpoints") == [1, 2]
+    assert not list((copy / "checkpoints").glob(".step_*"))
+    assert one_rank.run(attempt, given, True)[0] == ("", 0, "")
+    assert len(losses(copy)) == 4
 
 
 # -- a folder of another run -----------------------------------------------------------------------------------
