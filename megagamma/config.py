@@ -50,6 +50,8 @@ class RunConfig:
     """CPU threads per process. 0: the machine's cores divided by the processes on it."""
     timeout_minutes: float = 30.0
     """Deadline of every collective operation. Unit: minutes. [practice]"""
+    start_minutes: float = 10.0
+    """Deadline for all processes to come to the start; those that are missing then are named. Unit: minutes."""
     deterministic: bool = False
     """Ask torch for deterministic kernels on a GPU (slower). CPU runs are deterministic in any case."""
 
@@ -266,6 +268,10 @@ class CheckpointConfig:
     """Also write the untrained model, step 0, permanently."""
     at_end: bool = True
     """Write a checkpoint after the last step."""
+    asynchronous: bool = False
+    """Copy the state to memory and write it while training goes on. Costs memory for one rank's share."""
+    on_damage: Literal["stop", "previous"] = "stop"
+    """When the newest checkpoint is damaged on resume: stop and name it, or go back to the one before."""
 
 
 @dataclass
@@ -298,6 +304,8 @@ class GuardConfig:
     """Steps that the mean and deviation are taken over; no spike is called before they are full."""
     max_skips: int = 10
     """Steps in a row that may be left out before the run stops."""
+    replica_interval: int = 100
+    """Steps between checks that the copies of replicated weights are equal over ranks. 0: never."""
 
 
 @dataclass

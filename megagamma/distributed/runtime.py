@@ -10,7 +10,6 @@ import datetime
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megagamma.config import Config
-from megagamma.errors import ConfigurationError, DistributedError
+from megagamma.distributed.rendezvous import meet
+from megagamma.errors import ConfigurationError
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class Runtime:
             world: from `world_from_environment`; read when not given.
 
         Raises:
-            DistributedError: the groups cannot be formed: a port in use, or ranks that do not come in time.
+            DistributedError: see `megagamma.distributed.rendezvous.meet`.
         """
         self.config = config
         self.world = world or world_from_environment()
@@ -132,7 +132,7 @@ class Runtime:
             # Megatron's tensor parallelism overlaps only when kernels are queued in order.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self._set_threads()
-        self.start_seconds = self._join()
+        self.others = self._join()
         self._form_groups()
 
     def _set_threads(self) -> None:
@@ -141,35 +141,20 @@ class Runtime:
         self.threads = self.config.run.threads or max(1, cores // max(1, local))
         torch.set_num_threads(self.threads)
 
-    def _join(self) -> float:
-        begin = time.perf_counter()
-        timeout = datetime.timedelta(minutes=self.config.run.timeout_minutes)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+    def _join(self) -> list[dict[str, Any]]:
+        """Meet the other processes and form the world's group; returns what each rank told about itself."""
         if dist.is_initialized():
-            return 0.0
-        try:
-            if self.size == 1:
-                # No port is needed to talk to oneself.
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            else:
-                os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-                os.environ.setdefault("MASTER_PORT", "29500")
-                dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=timeout)
-        except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            text = " ".join(str(error).split())
-            if "EADDRINUSE" in text or "in use" in text:
-                raise DistributedError(
-                    f"MASTER_PORT={os.environ.get('MASTER_PORT')}: another program listens on {where}: choose a free "
-                    "port (deepspeed --master_port N, torchrun --master-port N)"
-                ) from error
-            alone = DistributedError(
-                f"rank {self.rank} of {self.size} could not join the run at {where}: {text[:300]}: check that all "
-                "processes were started and that the address is reachable"
-            )
-            alone.on_one_rank = True
-            raise alone from error
-        return time.perf_counter() - begin
+            return []
+        store, others = meet(self.rank, self.size, self.device, self.config.run.start_minutes)
+        self._store = store  # rank 0 serves it for as long as it lives
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("world", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=datetime.timedelta(minutes=self.config.run.timeout_minutes),
+        )
+        return others
 
     def _form_groups(self) -> None:
         from megatron.core import parallel_state

@@ -10,9 +10,10 @@ import torch
 
 from megagamma.config_io import as_dict
 from megagamma.data.batches import microbatch_ids
+from megagamma.distributed.replicas import check_replicas
 from megagamma.errors import TrainingError
 from megagamma.model.cost import flops_per_token, known_peak_flops, measure_matmul_peak
-from megagamma.training import checkpoint
+from megagamma.training import checkpoint, reading
 from megagamma.training.guard import LossGuard, StopSignals
 from megagamma.training.metrics import duration, validation_line
 from megagamma.training.sampling import continue_text
@@ -107,6 +108,8 @@ class Trainer:
         due = config.validation.interval and step % config.validation.interval == 0
         if due or (last and config.validation.at_end):
             values |= self._validate(full=last and config.validation.full_at_end)
+        if config.guard.replica_interval and step % config.guard.replica_interval == 0:
+            check_replicas(self.engine)
         every = config.logging
         console = step == 1 or last or step % every.console_interval == 0
         self.reporter.step(values, session.steps, console, record=last or step % every.interval == 0)
@@ -224,7 +227,7 @@ class Trainer:
         }
         path = checkpoint.save(self.engine, session.checkpoints, session.step, state)
         if self.runtime.is_main:
-            keep = {step for step in checkpoint.steps_saved(session.checkpoints) if self._is_permanent(step)}
+            keep = {step for step in reading.steps_saved(session.checkpoints) if self._is_permanent(step)}
             checkpoint.prune(session.checkpoints, rules.keep_last, keep)
         took = time.perf_counter() - begin
         self.reporter.event("checkpoint", step=session.step, folder=path.name, seconds=took)

@@ -29,7 +29,7 @@ from megagamma.initialization.report import (
 from megagamma.model.gpt import build_model
 from megagamma.model.hook import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
-from megagamma.training import checkpoint
+from megagamma.training import checkpoint, reading
 from megagamma.training.metrics import Reporter
 from megagamma.training.optimizer import describe_groups, parameter_groups
 from megagamma.training.provenance import provenance
@@ -93,7 +93,7 @@ def _claim_folder(config: Config) -> int | None:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
     """
     folder = Path(config.run.folder)
-    saved = checkpoint.steps_saved(folder / "checkpoints")
+    saved = reading.steps_saved(folder / "checkpoints")
     mode = config.run.resume
     if mode == "never" and (saved or (folder / "metrics.jsonl").exists()):
         raise ConfigurationError(
@@ -163,8 +163,8 @@ def prepare_session(config: Config) -> Session:
     manifest = None
     changed: list[str] = []
     if resume_step is not None:
-        source = folder / "checkpoints" / checkpoint.folder_name(resume_step)
-        manifest = checkpoint.read_manifest(source)
+        source = folder / "checkpoints" / reading.folder_name(resume_step)
+        manifest = reading.read_manifest(source)
         changed = _check_same_run(folder, config, manifest, data.tokenizer.fingerprint)
 
     begin = time.perf_counter()

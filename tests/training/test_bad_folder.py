@@ -14,7 +14,7 @@ from support.processes import attempt, attempt_with_small_files, finish, losses,
 from support.ranks import RankPool
 
 from megagamma.data.prepare import embedded_settings, prepare
-from megagamma.training.checkpoint import read_manifest, steps_saved, verify
+from megagamma.training.reading import read_manifest, steps_saved, verify
 
 Refuse = Callable[..., str]
 

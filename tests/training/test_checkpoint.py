@@ -13,7 +13,8 @@ from support.ranks import RankPool
 from support.train import run_trainer
 
 from megagamma.errors import CheckpointError
-from megagamma.training.checkpoint import CheckpointReader, prune, read_manifest, steps_saved, verify
+from megagamma.training.checkpoint import prune
+from megagamma.training.reading import CheckpointReader, read_manifest, steps_saved, verify
 from megagamma.training.shards import ShardWriter, checksum
 
 HALF = 6

@@ -1,0 +1,106 @@
+"""The start of a run: all processes meet, or the missing ones are named."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import socket
+import time
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagamma.errors import DistributedError
+
+# Versions that must be equal on all ranks: others could compute something else, silently.
+_MUST_AGREE = ("torch", "megatron-core", "deepspeed")
+
+
+def _about(device: str) -> dict[str, Any]:
+    """What this process tells the others about itself."""
+    return {
+        "host": socket.gethostname(),
+        "device": device,
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in _MUST_AGREE},
+    }
+
+
+def _open_store(rank: int, size: int, seconds: float) -> dist.Store:
+    """The key-value store at MASTER_ADDR:MASTER_PORT; rank 0 serves it unless torchrun does already.
+
+    Raises:
+        DistributedError: the port is in use, or the address does not answer in time.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            int(port),
+            size,
+            is_master=rank == 0 and not served,
+            timeout=datetime.timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if "EADDRINUSE" in text or "in use" in text:
+            raise DistributedError(
+                f"MASTER_PORT={port}: another program listens on {address}:{port}: choose a free port "
+                "(deepspeed --master_port N, torchrun --master-port N)"
+            ) from error
+        raise DistributedError(
+            f"rank {rank} of {size} could not reach {address}:{port} in {seconds:g} s ({text[:200]}): check that rank 0 "
+            "was started and that MASTER_ADDR is reachable from this host"
+        ) from error
+    # A restart by torchrun finds the keys of the attempt before.
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def meet(rank: int, size: int, device: torch.device, minutes: float) -> tuple[dist.Store, list[dict[str, Any]]]:
+    """Wait until all processes of the run are there.
+
+    Args:
+        rank: of this process.
+        size: processes of the run.
+        device: of this process, told to the others.
+        minutes: deadline.
+
+    Raises:
+        DistributedError: the port is in use; ranks are missing at the deadline, and are named; or versions differ.
+
+    Returns:
+        The store that they met at, and what each rank told about itself.
+    """
+    if size == 1:
+        return dist.HashStore(), [_about(str(device))]  # no port is needed to talk to oneself
+    seconds = minutes * 60
+    deadline = time.monotonic() + seconds
+    store = _open_store(rank, size, seconds)
+    store.set(f"rank{rank}", json.dumps(_about(str(device))))
+    missing = list(range(size))
+    while missing:
+        missing = [one for one in missing if not store.check([f"rank{one}"])]
+        if missing and time.monotonic() > deadline:
+            shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+            raise DistributedError(
+                f"{len(missing)} of {size} processes did not come within run.start_minutes={minutes:g}: ranks {shown}: "
+                "look at the launcher's output and at those hosts"
+            )
+        if missing:
+            time.sleep(0.05)
+    found = [json.loads(store.get(f"rank{one}")) for one in range(size)]
+    for one, about in enumerate(found):
+        if about["versions"] != found[0]["versions"]:
+            raise DistributedError(
+                f"rank {one} on {about['host']} has {about['versions']}, rank 0 on {found[0]['host']} has "
+                f"{found[0]['versions']}: install the same versions on all hosts"
+            )
+    return store, found

@@ -1,0 +1,81 @@
+"""The same run under every launcher; and no launcher is left waiting for a rank that died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.processes import attempt, finish, losses, metrics, start, wait_until
+from support.ranks import RankPool
+
+from megagamma.training.checkpoint import steps_saved
+
+
+def arguments(folder: Path, data_cache: str, steps: int) -> list[str]:
+    return ["--run.folder", str(folder), "--data.cache", data_cache, "--run.steps", str(steps)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_cache: str) -> list[float]:
+    """Losses of the run on a single process."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert one_rank.run(attempt, arguments(folder, data_cache, 6), True)[0] == ("", 0, "")
+    return losses(folder)
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("torchrun", 2), ("deepspeed", 2)])
+def test_same_losses(tmp_path: Path, data_cache: str, reference: list[float], launcher: str, ranks: int) -> None:
+    folder = tmp_path / "run"
+    code, out, err = finish(start(arguments(folder, data_cache, 6), launcher), 200)
+    assert code == 0, err[-3000:]
+    # Negative control: that many processes did take part.
+    assert f"on {ranks} x cpu" in out
+    assert f"data {ranks}," in out
+    assert losses(folder) == pytest.approx(reference, rel=1e-5)
+    assert reference[0] - reference[-1] > 0.1
+    assert steps_saved(folder / "checkpoints") == [6]
+    assert out.count("done: 6 steps") == 1, "one rank speaks"
+
+
+def ranks_of(launcher: int) -> dict[int, psutil.Process]:
+    """The running ranks below a launcher's process, by rank."""
+    found = {}
+    for process in psutil.Process(launcher).children(recursive=True):
+        try:
+            rank = process.environ().get("RANK")
+            if rank is not None and any(word.endswith("pretrain.py") for word in process.cmdline()):
+                found[int(rank)] = process
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_rank_that_dies_ends_the_run(tmp_path: Path, data_cache: str, launcher: str) -> None:
+    folder = tmp_path / "run"
+    process = start(arguments(folder, data_cache, 100_000), launcher)
+    wait_until(lambda: len(metrics(folder)) >= 2, process, 120)
+    ranks = ranks_of(process.pid)
+    assert sorted(ranks) == [0, 1]
+    ranks[1].send_signal(signal.SIGKILL)
+    begin = time.monotonic()
+    code, _, _ = finish(process, 60)
+    assert code != 0
+    assert time.monotonic() - begin < 45
+    assert not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE
+
+
+def test_signal_to_the_launcher_saves(tmp_path: Path, data_cache: str) -> None:
+    """What a scheduler does at the end of the time that it gave: the ranks are told, and save."""
+    folder = tmp_path / "run"
+    process = start(arguments(folder, data_cache, 100_000), "torchrun")
+    wait_until(lambda: len(metrics(folder)) >= 3, process, 120)
+    os.kill(process.pid, signal.SIGTERM)
+    code, out, _ = finish(process, 60)
+    assert code != 0
+    assert "stopped by SIGTERM at step" in out
+    assert steps_saved(folder / "checkpoints") == [metrics(folder)[-1]["step"]]
