@@ -13,6 +13,8 @@ ranks that ZeRO has spread it over and the tensor-parallel ranks that it is spli
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,14 @@ from megagamma.distributed.state import KINDS
 from megagamma.errors import CheckpointError
 from megagamma.files import advice, sync_folder, write_json
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
-from megagamma.training.reading import FORMAT_VERSION, CheckpointReader, folder_name, steps_saved, verify
+from megagamma.training.reading import (
+    FORMAT_VERSION,
+    CheckpointReader,
+    folder_name,
+    read_manifest,
+    steps_saved,
+    verify,
+)
 from megagamma.training.shards import ShardWriter
 
 
@@ -79,99 +88,173 @@ def _assemble(piece: _Piece, local: Tensor, runtime: Runtime) -> Tensor | None:
     return torch.cat(slabs, dim=axis) if slabs is not None else None
 
 
-def _write_files(engine: Engine, folder: Path) -> list[dict[str, Any]]:
-    """Write this rank's share of every kind; returns its entries for the manifest."""
-    runtime, pieces, files = engine.runtime, _pieces(engine), []
+def _owned(engine: Engine) -> dict[str, list[LogicalParameter]]:
+    """What this rank writes, by kind, in the order in which `_whole_tensors` gives it."""
+    runtime = engine.runtime
+    mine = [
+        piece.logical
+        for piece in _pieces(engine)
+        if (piece.data_owner, piece.tensor_owner) == (runtime.data_rank, runtime.tensor_rank)
+    ]
+    return dict.fromkeys(KINDS, mine) if mine else {}
+
+
+def _whole_tensors(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, name, whole logical tensor) of what this rank writes, one at a time, as copies.
+
+    A collective: all ranks must run it to its end.
+    """
+    runtime, pieces = engine.runtime, _pieces(engine)
     for kind in KINDS:
-        mine = [p for p in pieces if (p.data_owner, p.tensor_owner) == (runtime.data_rank, runtime.tensor_rank)]
-        writer = None
-        if mine:
-            entries = [(piece.logical.name, piece.logical.shape) for piece in mine]
-            writer = ShardWriter(folder / f"{kind}-{runtime.rank:05d}.safetensors", entries)
+        local, current = None, None
+        for piece in pieces:
+            if piece.tensor is not current:
+                local, current = engine.state.get(piece.tensor, kind), piece.tensor
+            if piece.data_owner != runtime.data_rank:
+                continue
+            assert local is not None
+            whole = _assemble(piece, local, runtime)
+            if whole is not None:
+                yield kind, piece.logical.name, whole
+
+
+def _write_files(
+    folder: Path, rank: int, owned: dict[str, list[LogicalParameter]], tensors: Iterable[tuple[str, str, Tensor]]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Write a rank's tensors; returns its entries for the manifest, and what went wrong.
+
+    After a problem the tensors are still taken to the end, since other ranks may take part in gathering them.
+    """
+    files: list[dict[str, Any]] = []
+    writer: ShardWriter | None = None
+    problem: str | None = None
+    left = {kind: len(parameters) for kind, parameters in owned.items()}
+    for kind, name, tensor in tensors:
+        if problem is not None:
+            continue
         try:
-            local, current = None, None
-            for piece in pieces:
-                if piece.tensor is not current:
-                    local, current = engine.state.get(piece.tensor, kind), piece.tensor
-                if piece.data_owner != runtime.data_rank:
-                    continue
-                assert local is not None
-                whole = _assemble(piece, local, runtime)
-                if whole is not None and writer is not None:
-                    writer.write(piece.logical.name, whole)
-            if writer is not None:
+            if writer is None:
+                entries = [(parameter.name, parameter.shape) for parameter in owned[kind]]
+                writer = ShardWriter(folder / f"{kind}-{rank:05d}.safetensors", entries)
+            writer.write(name, tensor)
+            left[kind] -= 1
+            if left[kind] == 0:
                 size, digest = writer.close()
-                names = [piece.logical.name for piece in mine]
-                files.append(
-                    {"file": writer.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": names}
-                )
-        except BaseException:
+                names = [parameter.name for parameter in owned[kind]]
+                entry = {"file": writer.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": names}
+                files.append(entry)
+                writer = None
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}): {advice(error)}"
             if writer is not None:
                 writer.abandon()
-            raise
-    return files
+    return files, problem
 
 
-def save(engine: Engine, root: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write a checkpoint; all ranks call it.
+class Saver:
+    """Writes a run's checkpoints, one at a time: at once, or in a thread while training goes on."""
 
-    Args:
-        engine: the run's.
-        root: folder of the run's checkpoints.
-        step: optimizer steps done.
-        state: what else a resume needs (JSON): config, consumed samples, tokenizer, guard.
+    def __init__(self, engine: Engine, root: Path) -> None:
+        """Args: root: folder of the run's checkpoints."""
+        self.engine, self.runtime, self.root = engine, engine.runtime, root
+        self._thread: threading.Thread | None = None
+        self._written: tuple[list[dict[str, Any]], str | None] = ([], None)
+        self._manifest: dict[str, Any] = {}
 
-    Raises:
-        CheckpointError: it could not be written, such as on a full disk. What was there before stays.
+    def save(self, step: int, state: dict[str, Any], asynchronous: bool = False) -> Path | None:
+        """Write a checkpoint; all ranks call it.
 
-    Returns:
-        The finished folder.
-    """
-    runtime = engine.runtime
-    final, partial = root / folder_name(step), root / f".{folder_name(step)}.partial"
+        Args:
+            step: optimizer steps done.
+            state: what else a resume needs (JSON): config, consumed samples, tokenizer, guard.
+            asynchronous: copy the state to memory and return; `poll` or `finish` completes it. Only this rank's share
+                is copied.
 
-    def begin() -> None:
-        # Left behind by a run that was killed while saving.
-        for old in root.glob(".step_*"):
-            shutil.rmtree(old, ignore_errors=True)
-        partial.mkdir(parents=True)
+        Raises:
+            CheckpointError: on every rank, when one could not write, such as on a full disk. What was there before
+                stays. Of an asynchronous save, `poll` or `finish` raises it.
 
-    problem: str | None = None
-    files: list[dict[str, Any]] = []
-    runtime.on_main(lambda: _explained(begin, partial))
-    try:
-        files = _write_files(engine, partial)
-    except OSError as error:
-        # On several ranks the others wait in a collective for this one: leave, and the launcher ends them.
-        problem = f"{partial.name}: cannot be written ({error.strerror}): {advice(error)}"
-        if runtime.size > 1:
-            alone = CheckpointError(problem)
-            alone.on_one_rank = True
-            raise alone from error
-    found = runtime.gather((files, problem))
-    problems = [one for _, one in found if one]
-    if problems:
-        runtime.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-        raise CheckpointError(f"checkpoint of step {step} in {root}: {problems[0]}; the ones before are untouched")
-
-    def publish() -> None:
-        manifest = {
+        Returns:
+            The finished folder, or None while it is being written.
+        """
+        self.finish()
+        partial = self.root / f".{folder_name(step)}.partial"
+        self._manifest = {
             "format": "megagamma checkpoint",
             "version": FORMAT_VERSION,
             "step": step,
-            "adam_step": engine.state.step,
+            "adam_step": self.engine.state.step,
             **state,
-            "files": [entry for files, _ in found for entry in files],
         }
-        write_json(partial / "checkpoint.json", manifest)
-        sync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        sync_folder(root)
 
-    runtime.on_main(lambda: _explained(publish, partial))
-    return final
+        def begin() -> None:
+            # Left behind by a run that was killed while saving.
+            for old in self.root.glob(".step_*"):
+                shutil.rmtree(old, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        self.runtime.on_main(lambda: _explained(begin, partial))
+        owned, tensors = _owned(self.engine), _whole_tensors(self.engine)
+        if not asynchronous:
+            self._written = _write_files(partial, self.runtime.rank, owned, tensors)
+            return self._publish()
+        copies = [(kind, name, tensor.cpu()) for kind, name, tensor in tensors]
+
+        def write() -> None:
+            self._written = _write_files(partial, self.runtime.rank, owned, copies)
+            copies.clear()
+
+        self._thread = threading.Thread(target=write, name=f"save-{step}")
+        self._thread.start()
+        return None
+
+    @property
+    def pending(self) -> bool:
+        """Whether an asynchronous save is not complete yet; the same on all ranks."""
+        return self._thread is not None
+
+    def poll(self) -> Path | None:
+        """Complete an asynchronous save when all ranks have written; all ranks call it, between steps.
+
+        Returns:
+            The finished folder once, else None.
+        """
+        if self._thread is None or self.runtime.any_rank(self._thread.is_alive()):
+            return None
+        self._thread = None
+        return self._publish()
+
+    def finish(self) -> Path | None:
+        """Wait for an asynchronous save and complete it; all ranks call it."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        return self._publish()
+
+    def _publish(self) -> Path:
+        """Give the checkpoint its final name, after all ranks have written their files."""
+        step = self._manifest["step"]
+        final, partial = self.root / folder_name(step), self.root / f".{folder_name(step)}.partial"
+        found = self.runtime.gather(self._written)
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(found) if problem]
+        if problems:
+            self.runtime.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise CheckpointError(
+                f"checkpoint of step {step} in {self.root}: {problems[0]}; the ones before are untouched"
+            )
+
+        def publish() -> None:
+            files = [entry for files, _ in found for entry in files]
+            write_json(partial / "checkpoint.json", {**self._manifest, "files": files})
+            sync_folder(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            sync_folder(self.root)
+
+        self.runtime.on_main(lambda: _explained(publish, partial))
+        return final
 
 
 def _explained(action: Any, path: Path) -> None:
@@ -193,29 +276,54 @@ def prune(root: Path, keep_last: int, permanent: set[int]) -> list[int]:
     return removable
 
 
+def newest_sound(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, list[str]] | None:
+    """The newest checkpoint whose files are what was written; all ranks call it and share the checking.
+
+    Args:
+        go_back: when the newest is damaged, take the one before.
+
+    Raises:
+        CheckpointError: the newest is damaged and `go_back` is off, or all are.
+
+    Returns:
+        Its folder, and what was wrong with the newer ones; None when there is no checkpoint.
+    """
+    damaged: list[str] = []
+    for step in reversed(runtime.on_main(lambda: steps_saved(root))):
+        folder, problem = root / folder_name(step), None
+        try:
+            verify(folder, read_manifest(folder), share=(runtime.rank, runtime.size))
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [one for one in runtime.gather(problem) if one]
+        if not problems:
+            return folder, damaged
+        if not go_back:
+            raise CheckpointError(f"{problems[0]}, or let --checkpoint.on_damage previous choose it")
+        damaged.append(problems[0])
+    if damaged:
+        raise CheckpointError(f"every checkpoint in {root} is damaged; the newest: {damaged[0]}")
+    return None
+
+
 def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Fill an engine's weights and moments from a checkpoint of any layout; all ranks call it.
 
+    Args:
+        folder: a sound checkpoint, see `newest_sound`.
+
     Raises:
-        CheckpointError: it is damaged, or of another model. Checked before a weight is touched.
+        CheckpointError: it is of another model.
 
     Returns:
         The manifest.
     """
-    runtime, reader = engine.runtime, CheckpointReader(folder)
-    problem: str | None = None
-    try:
-        verify(folder, reader.manifest, share=(runtime.rank, runtime.size))
-    except CheckpointError as error:
-        problem = str(error)
-    problems = [one for one in runtime.gather(problem) if one]
-    if problems:
-        raise CheckpointError(problems[0])
+    reader = CheckpointReader(folder)
     for tensor in engine.map:
         for kind in KINDS:
             local = torch.empty(tensor.shape, dtype=torch.float32)
             for part in tensor.parts:
                 part.view(local).copy_(reader.read(kind, part.logical.name, part.start, part.shape))
-            engine.state.set(tensor, kind, local.to(runtime.device))
+            engine.state.set(tensor, kind, local.to(engine.runtime.device))
     engine.state.step = reader.manifest["adam_step"]
     return reader.manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from megagamma.data.batches import microbatch_ids
 from megagamma.distributed.replicas import check_replicas
 from megagamma.errors import TrainingError
 from megagamma.model.cost import flops_per_token, known_peak_flops, measure_matmul_peak
-from megagamma.training import checkpoint, reading
+from megagamma.training import checkpoint
 from megagamma.training.guard import LossGuard, StopSignals
 from megagamma.training.metrics import duration, validation_line
+from megagamma.training.reading import steps_saved
 from megagamma.training.sampling import continue_text
 from megagamma.training.schedule import batch_size, learning_rate
 from megagamma.training.setup import Session
@@ -32,6 +34,8 @@ class Trainer:
         self.engine, self.runtime, self.reporter = session.engine, session.runtime, session.reporter
         self.guard = LossGuard(self.config.guard)
         self.guard.recent.extend(session.progress.get("recent_losses", []))
+        self.saver = checkpoint.Saver(self.engine, session.checkpoints)
+        self._saving, self._stall = 0.0, 0.0
         self.signals = StopSignals()
         self.began = time.perf_counter()
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.sequence_length)
@@ -136,6 +140,7 @@ class Trainer:
         ids = [samples.start, samples.stop]
         self.reporter.event(verdict, step=step, loss=loss, samples=ids, policy=action)
         if action == "stop":
+            self._report_saved(self.saver.finish())
             raise TrainingError(
                 f"{text}: the weights are those of step {step - 1}; see the batch with tools/prepare_data.py --inspect, "
                 f"lower optimizer.lr, or use --guard.on_{verdict} skip"
@@ -206,8 +211,11 @@ class Trainer:
     def _save_when_due(self, last: bool, stopping: bool) -> None:
         rules, step = self.config.checkpoint, self.session.step
         due = bool(rules.interval) and step % rules.interval == 0
+        if self.saver.pending:
+            self._report_saved(self.saver.poll())
         if due or stopping or self._is_permanent(step) or (last and rules.at_end):
-            self._save()
+            # A process that is about to leave must not leave a thread behind.
+            self._save(asynchronous=rules.asynchronous and not stopping and not last)
             if stopping:
                 self.reporter.event("stopped", step=step, signal=self.signals.received)
                 self.reporter.say(
@@ -215,9 +223,10 @@ class Trainer:
                     "command goes on"
                 )
 
-    def _save(self) -> None:
-        session, rules = self.session, self.config.checkpoint
+    def _save(self, asynchronous: bool = False) -> None:
+        session = self.session
         begin = time.perf_counter()
+        self._report_saved(self.saver.finish())
         state = {
             "config": as_dict(self.config),
             "consumed_samples": session.consumed,
@@ -225,15 +234,25 @@ class Trainer:
             "tokenizer": session.data.tokenizer.fingerprint,
             "progress": {"recent_losses": list(self.guard.recent)},
         }
-        path = checkpoint.save(self.engine, session.checkpoints, session.step, state)
+        self._saving = begin
+        finished = self.saver.save(session.step, state, asynchronous)
+        self._stall = time.perf_counter() - begin
+        self._report_saved(finished)
+
+    def _report_saved(self, path: Path | None) -> None:
+        """Note a finished checkpoint, and delete the ones that are too old."""
+        if path is None:
+            return
         if self.runtime.is_main:
-            keep = {step for step in reading.steps_saved(session.checkpoints) if self._is_permanent(step)}
-            checkpoint.prune(session.checkpoints, rules.keep_last, keep)
-        took = time.perf_counter() - begin
-        self.reporter.event("checkpoint", step=session.step, folder=path.name, seconds=took)
-        self.reporter.say(f"  saved {path} in {took:.1f}s")
+            root, rules = self.session.checkpoints, self.config.checkpoint
+            keep = {step for step in steps_saved(root) if self._is_permanent(step)}
+            checkpoint.prune(root, rules.keep_last, keep)
+        took = time.perf_counter() - self._saving
+        self.reporter.event("checkpoint", folder=path.name, seconds=took, stall_seconds=self._stall)
+        self.reporter.say(f"  saved {path} in {took:.1f}s (training waited {self._stall:.1f}s)")
 
     def _finish(self) -> None:
+        self._report_saved(self.saver.finish())
         self._sample()
         session = self.session
         self.reporter.event("end", step=session.step, seconds=session.seconds)

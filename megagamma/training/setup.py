@@ -86,8 +86,8 @@ class Session:
         return self.folder / "checkpoints"
 
 
-def _claim_folder(config: Config) -> int | None:
-    """Check what the run's folder holds; returns the step to resume from, or None. Runs on rank 0.
+def _check_folder(config: Config) -> None:
+    """Check that the run's folder can be used as asked. Runs on rank 0.
 
     Raises:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
@@ -105,7 +105,6 @@ def _claim_folder(config: Config) -> int | None:
             "--run.resume auto"
         )
     require_writable(folder, "run.folder")
-    return saved[-1] if saved else None
 
 
 # What a checkpoint belongs to: another value here is another model, or another experiment under the same name.
@@ -155,15 +154,16 @@ def prepare_session(config: Config) -> Session:
         MegagammaError: one clear reason, before a step is made and with everything that was there untouched.
     """
     runtime = Runtime(config)
-    resume_step = runtime.on_main(lambda: _claim_folder(config))
+    runtime.on_main(lambda: _check_folder(config))
     folder = Path(config.run.folder)
     data = open_data(config)
     steps = total_steps(config)
     dtype, warning = choose_dtype(config, runtime.device)
     manifest = None
     changed: list[str] = []
-    if resume_step is not None:
-        source = folder / "checkpoints" / reading.folder_name(resume_step)
+    found = checkpoint.newest_sound(runtime, folder / "checkpoints", config.checkpoint.on_damage == "previous")
+    if found is not None:
+        source, damaged = found
         manifest = reading.read_manifest(source)
         changed = _check_same_run(folder, config, manifest, data.tokenizer.fingerprint)
 
@@ -192,6 +192,8 @@ def prepare_session(config: Config) -> Session:
             session.reporter.warn(warning)
         for line in describe_groups(parameter_map, config.optimizer):
             session.reporter.say(line)
+        for text in damaged if found is not None else []:
+            session.reporter.warn(f"{text}: resuming from {source.name}")
         if changed:
             session.reporter.warn(f"resuming with other knobs than before: {'; '.join(changed)}")
         kind = "start" if manifest is None else "resume"

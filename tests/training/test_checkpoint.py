@@ -151,6 +151,41 @@ def test_damage_is_named(tmp_path: Path, whole: Path, fault: str) -> None:
         verify(folder, read_manifest(folder))
 
 
+def test_asynchronous_checkpoints_are_the_same_files(
+    tmp_path: Path, two_ranks: RankPool, data_cache: str, whole: Path
+) -> None:
+    now, later = tmp_path / "now", tmp_path / "later"
+    assert two_ranks.run(run_trainer, arguments(now, data_cache, 2)) == [0, 0]
+    more = ["--checkpoint.asynchronous", "true", "--checkpoint.interval", "2", "--checkpoint.keep_last", "0"]
+    assert two_ranks.run(run_trainer, arguments(later, data_cache, 2, *more)) == [0, 0]
+    assert steps_saved(later / "checkpoints") == [2, 4, 6, 8, 10, 12]
+    for step in (HALF, 2 * HALF):
+        left, right = (read_manifest(run / "checkpoints" / f"step_{step:08d}") for run in (now, later))
+        assert [entry["xxh3_128"] for entry in left["files"]] == [entry["xxh3_128"] for entry in right["files"]]
+        verify(later / "checkpoints" / f"step_{step:08d}", right)
+    assert losses(now) == losses(later)
+    assert not list((later / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_newest_checkpoint(tmp_path: Path, one_rank: RankPool, data_cache: str, whole: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    victim = run / "checkpoints" / f"step_{2 * HALF:08d}" / "weight-00000.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(AssertionError, match="weight-00000.safetensors"):
+        one_rank.run(run_trainer, arguments(run, data_cache, 1))
+    go_back = arguments(run, data_cache, 1, "--checkpoint.on_damage", "previous")
+    assert one_rank.run(run_trainer, go_back) == [0]
+    assert losses(run) == losses(whole)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert any("weight-00000.safetensors" in event.get("text", "") for event in events)
+    verify(victim.parent, read_manifest(victim.parent))
+    for step in (HALF, 2 * HALF):
+        (run / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").write_text("{")
+    with pytest.raises(AssertionError, match="every checkpoint"):
+        one_rank.run(run_trainer, go_back)
+
+
 def test_shard_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "x.safetensors", [("a", (2, 3)), ("b", (4,))])
     with pytest.raises(ValueError, match="expected a"):
