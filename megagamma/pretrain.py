@@ -42,4 +42,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    code = main_guard(main)
+    if code:
+        # Leave at once: other ranks may wait for this one in a collective, and the launcher ends them only when this
+        # process is gone, which threads of the communication libraries can put off for good.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -357,6 +357,16 @@ class Engine:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.runtime.model_group)
         return int(value)
 
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and of Megatron's groups, so that this process can lay out another model.
+
+        DeepSpeed's hooks on the gradients keep the engine alive from outside Python's reach.
+        """
+        for chunk in self.chunks:
+            chunk.config.no_sync_func = None
+        self.deepspeed.destroy()
+        self.runtime.close_groups()
+
     def set_learning_rate(self, lr: float) -> None:
         """Set every group's rate to `lr` times the group's factor."""
         for group in self.optimizer.param_groups:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -107,6 +107,8 @@ def _run_megatron_on_cpu() -> None:
 class Runtime:
     """A process with its device and process groups."""
 
+    _megatron_groups: ClassVar[list[Any]] = []
+
     def __init__(self, config: Config, world: World | None = None) -> None:
         """Join the run's process groups.
 
@@ -163,6 +165,7 @@ class Runtime:
             _run_megatron_on_cpu()
         parallel = self.config.parallel
         self.close_groups()
+        before = set(dist.distributed_c10d._world.pg_map)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -171,6 +174,7 @@ class Runtime:
             distributed_timeout_minutes=max(1, round(self.config.run.timeout_minutes)),
             create_gloo_process_groups=False,
         )
+        Runtime._megatron_groups += [group for group in dist.distributed_c10d._world.pg_map if group not in before]
         if self.device.type == "cuda":
             from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -241,13 +245,16 @@ class Runtime:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @staticmethod
-    def close_groups() -> None:
-        """Forget Megatron's process groups, so that another model can be laid out in this process."""
+    @classmethod
+    def close_groups(cls) -> None:
+        """Forget Megatron's process groups, and end their threads, so that another model can be laid out here."""
         from megatron.core import parallel_state
 
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
+        # Megatron only forgets its groups; each keeps threads and sockets.
+        while cls._megatron_groups:
+            dist.destroy_process_group(cls._megatron_groups.pop())
 
     def close(self) -> None:
         """Leave the run's process groups."""

@@ -66,6 +66,7 @@ class OptimizerState:
         piece = mapping.get_hp_fragment(None if kind == "weight" else kind)
         return piece.view(-1), mapping.lp_fragment_address.start
 
+    @torch.no_grad()
     def get(self, tensor: MappedTensor, kind: str) -> Tensor:
         """A whole tensor in fp32 on the run's device.
 
@@ -74,7 +75,7 @@ class OptimizerState:
         piece, start = self._fragment(tensor, kind)
         if self.stage == 0:
             assert piece is not None
-            return piece.view(tensor.shape).float()
+            return piece.detach().view(tensor.shape).float()
         count = int(torch.Size(tensor.shape).numel())
         whole = torch.zeros(count, dtype=torch.float32, device=self.runtime.device)
         if piece is not None and start < count:

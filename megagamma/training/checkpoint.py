@@ -89,7 +89,7 @@ def _assemble(piece: _Piece, local: Tensor, runtime: Runtime) -> Tensor | None:
 
 
 def _owned(engine: Engine) -> dict[str, list[LogicalParameter]]:
-    """What this rank writes, by kind, in the order in which `_whole_tensors` gives it."""
+    """What this rank writes, by kind, in the order in which `whole_tensors` gives it."""
     runtime = engine.runtime
     mine = [
         piece.logical
@@ -99,13 +99,13 @@ def _owned(engine: Engine) -> dict[str, list[LogicalParameter]]:
     return dict.fromkeys(KINDS, mine) if mine else {}
 
 
-def _whole_tensors(engine: Engine) -> Iterator[tuple[str, str, Tensor]]:
+def whole_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, name, whole logical tensor) of what this rank writes, one at a time, as copies.
 
     A collective: all ranks must run it to its end.
     """
     runtime, pieces = engine.runtime, _pieces(engine)
-    for kind in KINDS:
+    for kind in kinds:
         local, current = None, None
         for piece in pieces:
             if piece.tensor is not current:
@@ -194,7 +194,7 @@ class Saver:
             partial.mkdir(parents=True)
 
         self.runtime.on_main(lambda: _explained(begin, partial))
-        owned, tensors = _owned(self.engine), _whole_tensors(self.engine)
+        owned, tensors = _owned(self.engine), whole_tensors(self.engine)
         if not asynchronous:
             self._written = _write_files(partial, self.runtime.rank, owned, tensors)
             return self._publish()

@@ -7,6 +7,7 @@ is written here is read back by the package.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -68,8 +69,9 @@ class ShardWriter:
         return size, self._digest.hexdigest()
 
     def abandon(self) -> None:
-        """Close the file without finishing it."""
-        self._file.close()
+        """Close the file without finishing it. What could not be written is not tried again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def checksum(path: Path) -> str:

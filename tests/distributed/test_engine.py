@@ -65,7 +65,7 @@ def discard_and_poison(arguments: list[str]) -> dict[str, bool]:
         clean_loss = clean.forward_backward(batches(clean_config, clean, step))
         assert clean.step()
     found["as if nothing happened"] = loss == clean_loss and same(weights(engine), weights(clean))
-    engine.runtime.close_groups()
+    engine.close()
     return found
 
 
@@ -105,7 +105,7 @@ def _last_document(arguments: list[str], alter: bool, masked: bool = True) -> li
     inputs = engine._inputs(batch)
     mask = inputs["attention_mask"] if masked else None
     out = engine.chunks[0](inputs["tokens"], inputs["position_ids"], mask, labels=inputs["labels"])
-    engine.runtime.close_groups()
+    engine.close()
     return out[row][documents[row] == documents[row].max()].tolist()
 
 
@@ -137,7 +137,7 @@ def _alone_and_inside(arguments: list[str]) -> dict[str, list[float]]:
     tail = tokens[:, start:]
     alone = run(tail[:, :-1], torch.arange(length - start).unsqueeze(0), None, tail[:, 1:])
     shifted = run(inputs["tokens"], inputs["position_ids"] * 2, inputs["attention_mask"], inputs["labels"])[start:]
-    engine.runtime.close_groups()
+    engine.close()
     return {"inside": inside, "alone": alone, "positions kept": shifted}
 
 
@@ -184,7 +184,7 @@ def _bf16_masters(arguments: list[str]) -> dict[str, Any]:
         engine.set_learning_rate(config.optimizer.lr)
         losses.append(engine.forward_backward(batches(config, engine, step)))
         assert engine.step()
-    engine.runtime.close_groups()
+    engine.close()
     return {
         "masters are the fp32 draw": exact,
         "weights are rounded masters": rounded,

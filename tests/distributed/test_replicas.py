@@ -35,7 +35,7 @@ def drift(arguments: list[str], fault: str) -> str:
     except TrainingError as error:
         return str(error)
     finally:
-        engine.runtime.close_groups()
+        engine.close()
     return ""
 
 

@@ -142,3 +142,35 @@ def attempt_with_small_files(arguments: list[str], limit: int) -> tuple[str, int
         return attempt(arguments, train=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def attempt_with_wandb(arguments: list[str]) -> tuple[str, int, str]:
+    """Inside a rank: train with wandb, whose service is ended with the run."""
+    import wandb
+
+    try:
+        return attempt(arguments, train=True)
+    finally:
+        wandb.teardown()
+
+
+def attempt_with_broken_wandb(arguments: list[str], place: str) -> tuple[tuple[str, int, str], str]:
+    """Inside a rank: train while wandb fails at `place`; returns also what was said on standard error."""
+    import contextlib
+    import io
+    from unittest import mock
+
+    import wandb
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{place} is broken")
+
+    run = mock.Mock()
+    if place != "init":
+        setattr(run, place, fail)
+    said = io.StringIO()
+    with (
+        mock.patch.object(wandb, "init", fail if place == "init" else lambda **_: run),
+        contextlib.redirect_stderr(said),
+    ):
+        return attempt(arguments, train=True), said.getvalue()

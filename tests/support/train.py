@@ -54,7 +54,7 @@ def train_steps(arguments: list[str], steps: int) -> list[tuple[float, float]]:
         loss = engine.forward_backward(batches(config, engine, step))
         assert engine.step()
         found.append((loss, engine.grad_norm))
-    engine.runtime.close_groups()
+    engine.close()
     return found
 
 
@@ -68,5 +68,5 @@ def run_trainer(arguments: list[str]) -> int:
     config = parse_config([*SMOKE, *arguments], world_size=world_from_environment().size)
     session = prepare_session(config)
     code = Trainer(session).run()
-    session.runtime.close_groups()
+    session.engine.close()
     return code

@@ -211,11 +211,11 @@ def test_port_in_use(tmp_path: Path, data_cache: str) -> None:
         port = str(taken.getsockname()[1])
         launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         begin = time.monotonic()
-        code, out, err = finish(start(["--run.folder", str(run), "--data.cache", data_cache], **launcher), 60)
+        code, out, err = finish(start(["--run.folder", str(run), "--data.cache", data_cache], **launcher))
     assert (code, out) == (2, "")
     assert err.startswith(f"error: MASTER_PORT={port}: another program listens on 127.0.0.1:{port}: choose a free port")
     assert err.count("\n") == 1
-    assert time.monotonic() - begin < 50, "imports included; not the run's timeout of 30 minutes"
+    assert time.monotonic() - begin < 100, "imports included; not the run's timeout of 30 minutes"
     assert not run.exists()
 
 
@@ -224,7 +224,7 @@ def test_rank_that_never_comes(tmp_path: Path, data_cache: str) -> None:
 
     launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     arguments = ["--run.folder", str(tmp_path / "run"), "--data.cache", data_cache, "--run.timeout_minutes", "0.03"]
-    code, out, err = finish(start(arguments, **launcher), 60)
+    code, out, err = finish(start(arguments, **launcher))
     assert (code, out) == (2, "")
     assert "rank 0 of 2 could not join the run at 127.0.0.1" in err.splitlines()[-1]
     assert "Traceback" not in err

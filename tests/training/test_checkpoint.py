@@ -172,7 +172,7 @@ def test_a_damaged_newest_checkpoint(tmp_path: Path, one_rank: RankPool, data_ca
     shutil.copytree(whole, run)
     victim = run / "checkpoints" / f"step_{2 * HALF:08d}" / "weight-00000.safetensors"
     victim.write_bytes(victim.read_bytes()[:-7])
-    with pytest.raises(AssertionError, match="weight-00000.safetensors"):
+    with pytest.raises(AssertionError, match=r"weight-00000\.safetensors"):
         one_rank.run(run_trainer, arguments(run, data_cache, 1))
     go_back = arguments(run, data_cache, 1, "--checkpoint.on_damage", "previous")
     assert one_rank.run(run_trainer, go_back) == [0]
