@@ -242,6 +242,9 @@ class ParallelConfig:
     """Virtual stages per pipeline rank (interleaved schedule)."""
     context: int = 1
     """Context-parallel ranks."""
+    memory_gib: float | None = None
+    """Memory of one rank's device. Unit: GiB. With it a layout that cannot fit is refused before launch, see
+    docs/memory.md. Default: not checked."""
 
 
 @dataclass

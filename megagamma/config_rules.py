@@ -115,6 +115,7 @@ def _positive(config: Config) -> None:
         ("parallel.pipeline", config.parallel.pipeline, 1, True),
         ("parallel.virtual_pipeline", config.parallel.virtual_pipeline, 1, True),
         ("parallel.context", config.parallel.context, 1, True),
+        ("parallel.memory_gib", config.parallel.memory_gib, 0, False),
         ("checkpoint.interval", config.checkpoint.interval, 0, True),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 0, True),
         ("validation.interval", config.validation.interval, 0, True),
@@ -355,3 +356,8 @@ def validate(config: Config, world_size: int = 1) -> None:
     _init_rules(config)
     _data_rules(config)
     _layout_rules(config, world_size)
+    if config.parallel.memory_gib is not None:
+        # Imports torch, which this module leaves to those who need it.
+        from megagamma.model.memory import check_fits
+
+        check_fits(config, world_size)

@@ -7,7 +7,7 @@
 
 Every knob of a run works here. The measured stds are of a sample drawn from the very streams that a run fills
 its weights from; z is their distance from the asked std in standard errors (a few are normal, beyond
-init.max_z a run refuses to start).
+init.max_z a run refuses to start). With --parallel.memory_gib the exit code is 2 when the run does not fit.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megagamma.config_rules import resolve, validate
 from megagamma.errors import ConfigurationError
 
 DEFAULT_VOCABULARY = 32000  # Llama 2's
+GIB = 2**30
 
 
 def parser() -> jsonargparse.ArgumentParser:
@@ -50,7 +51,9 @@ def config_of(namespace: Any) -> Config:
         )
     if namespace.world_size < 1:
         raise ConfigurationError(f"world_size={namespace.world_size} must be at least 1")
+    limit, config.parallel.memory_gib = config.parallel.memory_gib, None
     validate(resolve(config), namespace.world_size)
+    config.parallel.memory_gib = limit  # checked by `main`, when the plan has been printed
     return config
 
 
@@ -109,18 +112,23 @@ def print_cost(cost: dict[str, Any]) -> None:
         f"{counts['non_embedding']:,} non-embedding"
     )
     print(f"compute     {cost['flops_per_token']:.4g} FLOPs per token (forward and backward, causal)")
-    sizes = [
-        f"{key} {rank[f'{key}_bytes'] / 2**30:.2f}" for key in ("weights", "gradients", "optimizer", "activations")
-    ]
-    if rank["offloaded_bytes"]:
-        sizes.append(f"less {rank['offloaded_bytes'] / 2**30:.2f} in host memory")
     print(
-        f"memory      {rank['device_bytes'] / 2**30:.2f} GiB on the largest rank (stage "
-        f"{rank['pipeline_stage']}): {', '.join(sizes)}"
+        f"memory      {rank['device_bytes'] / GIB:.2f} GiB on the largest rank (stage {rank['pipeline_stage']}), "
+        "at the fullest moment of a step:"
     )
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "update", "overhead")
+    print(f"            {'stage':<6}" + "".join(f"{name:>12}" for name in names) + f"{'needed':>9}{'on host':>9}")
+    for stage in cost["stages"]:
+        sizes = "".join(
+            f"{stage['fullest'][name] / GIB:>12.2f}" if name in stage["fullest"] else f"{'-':>12}" for name in names
+        )
+        print(
+            f"            {stage['pipeline_stage']:<6}{sizes}{stage['device_bytes'] / GIB:>9.2f}"
+            f"{stage['offloaded_bytes'] / GIB:>9.2f}"
+        )
     print(
         f"            ranks: {where['world_size']} = data {where['data']} x tensor {where['tensor']} x "
-        f"pipeline {where['pipeline']}, ZeRO {where['zero_stage']}, {where['dtype']}; activations are an estimate"
+        f"pipeline {where['pipeline']}, ZeRO {where['zero_stage']}, {where['dtype']}; -: not there at that moment"
     )
     print(
         f"budget      20 tokens per parameter: {cost['budget_tokens']:.4g} tokens = {cost['budget_steps']:,} "
@@ -136,6 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     from megagamma.files import write_json
     from megagamma.initialization.report import NormSaturation, saturation_lines
     from megagamma.model.inspection import inspect
+    from megagamma.model.memory import check_fits
 
     result = inspect(config, namespace.world_size, namespace.tensor_level, namespace.compare)
     print_shape(config)
@@ -149,6 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     if namespace.json:
         write_json(namespace.json, result)
         print(f"written to {namespace.json}")
+    check_fits(config, namespace.world_size)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,20 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.Store:
     return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
+def _wait_for_all(store: dist.Store, size: int, deadline: float, minutes: float) -> None:
+    missing = list(range(size))
+    while missing:
+        missing = [one for one in missing if not store.check([f"rank{one}"])]
+        if missing and time.monotonic() > deadline:
+            shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+            raise DistributedError(
+                f"{len(missing)} of {size} processes did not come within run.start_minutes={minutes:g}: ranks {shown}: "
+                "look at the launcher's output and at those hosts"
+            )
+        if missing:
+            time.sleep(0.05)
+
+
 def meet(rank: int, size: int, device: torch.device, minutes: float) -> tuple[dist.Store, list[dict[str, Any]]]:
     """Wait until all processes of the run are there.
 
@@ -84,19 +98,15 @@ def meet(rank: int, size: int, device: torch.device, minutes: float) -> tuple[di
     seconds = minutes * 60
     deadline = time.monotonic() + seconds
     store = _open_store(rank, size, seconds)
-    store.set(f"rank{rank}", json.dumps(_about(str(device))))
-    missing = list(range(size))
-    while missing:
-        missing = [one for one in missing if not store.check([f"rank{one}"])]
-        if missing and time.monotonic() > deadline:
-            shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-            raise DistributedError(
-                f"{len(missing)} of {size} processes did not come within run.start_minutes={minutes:g}: ranks {shown}: "
-                "look at the launcher's output and at those hosts"
-            )
-        if missing:
-            time.sleep(0.05)
-    found = [json.loads(store.get(f"rank{one}")) for one in range(size)]
+    try:
+        store.set(f"rank{rank}", json.dumps(_about(str(device))))
+        _wait_for_all(store, size, deadline, minutes)
+        found = [json.loads(store.get(f"rank{one}")) for one in range(size)]
+    except RuntimeError as error:  # torch's own, when the store is gone
+        raise DistributedError(
+            f"rank {rank} of {size} lost rank 0, which serves {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: its "
+            "own message says why it left"
+        ) from error
     for one, about in enumerate(found):
         if about["versions"] != found[0]["versions"]:
             raise DistributedError(

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from megagamma.config import ROLES, Config, InitConfig
-from megagamma.config_rules import deepspeed_file, layout, read_deepspeed_json, zero_stage
 from megagamma.initialization.gamma import ModelShape, exponent, target_std
 from megagamma.initialization.report import MatrixReport, Moments, measure, norm_saturation
-from megagamma.model.cost import bytes_per_rank, flops_per_token, parameter_counts, tokens_for_budget
+from megagamma.model.cost import flops_per_token, parameter_counts, tokens_for_budget
 from megagamma.model.hook import draw, moments, part_std
+from megagamma.model.memory import plan
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part, d_in, logical_parameters
 
 SAMPLE_ELEMENTS = 1 << 22  # per role: standard error of the std 0.035 %, and a few seconds for all roles
@@ -121,39 +121,25 @@ def compare_schemes(config: Config) -> dict[str, dict[str, float]]:
 
 def cost_of(config: Config, world_size: int) -> dict[str, Any]:
     """Parameters, FLOPs, memory per rank and budget of a config, as plain values, units in the names."""
-    data_size = layout(config, world_size)
-    dtype = config.precision.dtype
-    if dtype == "auto":
-        # As on a GPU, where memory is short.
-        dtype = "fp32" if config.run.device == "cpu" else "bf16"
-    values = read_deepspeed_json(deepspeed_file(config, data_size, dtype == "bf16"))
-    zero, section = zero_stage(values), values.get("zero_optimization", {})
-    if zero == 0:
-        dtype = "fp32"  # ZeRO 0 keeps no master weights
-    rank = bytes_per_rank(
-        config,
-        data_size,
-        zero,
-        2 if dtype == "bf16" else 4,
-        offload_optimizer=section.get("offload_optimizer", {}).get("device", "none") != "none",
-        offload_parameters=section.get("offload_param", {}).get("device", "none") != "none",
-    )
+    memory = plan(config, world_size)
     counts = parameter_counts(config.model)
     flops = flops_per_token(config.model, config.data.sequence_length)
     budget = tokens_for_budget(counts.total)
+    stages = [{**asdict(s), "device_bytes": s.device_bytes, "fullest": s.items()} for s in memory.stages]
     tokens_per_step = config.data.global_batch_size * config.data.sequence_length
     return {
         "parameters": asdict(counts),
         "flops_per_token": flops,
         "layout": {
             "world_size": world_size,
-            "data": data_size,
+            "data": memory.data_size,
             "tensor": config.parallel.tensor,
             "pipeline": config.parallel.pipeline,
-            "zero_stage": zero,
-            "dtype": dtype,
+            "zero_stage": memory.zero_stage,
+            "dtype": memory.dtype,
         },
-        "largest_rank": {**asdict(rank), "device_bytes": rank.device_bytes},
+        "largest_rank": stages[memory.worst.pipeline_stage],
+        "stages": stages,
         "tokens_per_step": tokens_per_step,
         "budget_tokens": budget,
         "budget_steps": -(-budget // tokens_per_step),

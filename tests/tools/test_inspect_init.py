@@ -113,6 +113,21 @@ def test_memory_follows_the_layout(run, tmp_path):
     assert (steps - 1) * 32 * 4096 < alone["budget_tokens"] <= steps * 32 * 4096
 
 
+def test_memory_has_a_row_per_stage_and_a_limit(run, tmp_path):
+    path = tmp_path / "x.json"
+    arguments = ("--data.micro_batch_size", 1, "--world_size", 4, "--parallel.pipeline", 4, "--json", path)
+    code, out, _ = run(preset("7b"), *arguments, "--parallel.memory_gib", 40)
+    assert code == 2
+    stages = json.loads(path.read_text())["cost"]["stages"]
+    lines = [line.split() for line in out.splitlines()]
+    header = next(index for index, words in enumerate(lines) if words[:2] == ["stage", "weights"])
+    rows = lines[header + 1 : header + 5]
+    assert [row[-2] for row in rows] == [f"{stage['device_bytes'] / 2**30:.2f}" for stage in stages]
+    assert [stage["logits_bytes"] > 0 for stage in stages] == [False, False, False, True]
+    code, _, err = run(preset("7b"), *arguments, "--parallel.memory_gib", 1000)
+    assert (code, "error" in err) == (0, False)
+
+
 def test_one_row_per_matrix(run):
     _, out, _ = run(preset("3m"), "--tensor-level", "--model.attention_gate", "none")
     assert out.count("self_attn.q_proj.weight") == 6

@@ -1,0 +1,76 @@
+"""Layouts of four ranks: the same initial weights to the bit, and the same losses, as one process.
+
+`tools/equality_matrix.py` runs all of them, for more models; here is one of each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.ranks import RankPool
+
+from megagamma.training.equality import Layout, Trace, all_layouts, compare, trace
+
+STEPS = 8
+LAYOUTS = [
+    Layout(4, 1, 1, 1),
+    Layout(4, 1, 1, 1, sequence=True),
+    Layout(2, 2, 1, 1),
+    Layout(2, 2, 1, 1, virtual=2),
+    Layout(2, 1, 2, 3),
+    Layout(1, 2, 2, 0),
+    Layout(2, 1, 2, 2, extra=("--model.recompute", "full")),
+]
+TIED = ("--model.tie_embeddings", "true", "--model.attention_gate", "headwise")
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+def arguments(cache: str, *more: str) -> list[str]:
+    return ["--config", "configs/smoke.yaml", "--data.cache", cache, *more]
+
+
+@pytest.fixture(scope="module")
+def references(one_rank: RankPool, data_cache: str) -> dict[tuple[str, ...], Trace]:
+    """One process, for the default model and for a tied one with a gate per head."""
+    return {
+        model: one_rank.run(trace, arguments(data_cache, *model, *Layout().flags()), STEPS)[0] for model in ((), TIED)
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_four_ranks_are_one(
+    four_ranks: RankPool, data_cache: str, references: dict[tuple[str, ...], Trace], layout: Layout
+) -> None:
+    found = four_ranks.run(trace, arguments(data_cache, *layout.flags()), STEPS)[0]
+    row = compare(found, references[()])
+    assert row["weights equal"]
+    assert row["loss"] < 1e-5
+    assert row["norm"] < 1e-4
+    # Negative control: the comparison sees another model.
+    assert not compare(found, references[TIED])["weights equal"]
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 2, 1, 1), Layout(1, 2, 2, 1), Layout(4, 1, 1, 0)], ids=str)
+def test_tied_embeddings_and_gates_per_head(
+    four_ranks: RankPool, data_cache: str, references: dict[tuple[str, ...], Trace], layout: Layout
+) -> None:
+    row = compare(four_ranks.run(trace, arguments(data_cache, *TIED, *layout.flags()), STEPS)[0], references[TIED])
+    assert row["weights equal"]
+    assert row["loss"] < 1e-5
+    assert row["norm"] < 1e-4
+
+
+def test_the_matrix_has_every_legal_layout() -> None:
+    found = all_layouts((1, 2, 4))
+    assert len(found) == len(set(found))
+    assert {(one.tensor, one.pipeline, one.data) for one in found if one.world == 4} == {
+        (1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 2, 2), (2, 2, 1),
+    }  # fmt: skip
+    assert not [one for one in found if one.pipeline > 1 and one.zero > 1]
