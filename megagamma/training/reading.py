@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagamma.errors import CheckpointError
@@ -106,12 +106,21 @@ class CheckpointReader:
     def read(
         self, kind: str, name: str, start: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None
     ) -> Tensor:
-        """A logical tensor, or the rectangle of it at `start` with `shape`. fp32, on the CPU."""
+        """A logical tensor, or the rectangle of it at `start` with `shape`. fp32, on the CPU, mapped from the file.
+
+        Raises:
+            CheckpointError: it is not there, or its file cannot be read.
+        """
         file = self._where.get((kind, name))
         if file is None:
             raise CheckpointError(f"{self.folder}: has no {kind} of {name}: it is of another model")
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            try:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.folder / file}: cannot be read ({error}): {remedy(self.folder)}"
+                ) from error
         if start is None or shape is None:
             whole: Tensor = self._open[file].get_tensor(name)
             return whole

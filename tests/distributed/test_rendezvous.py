@@ -57,7 +57,8 @@ def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = iter([{"torch": "1.0"}, {"torch": "2.0"}])
     monkeypatch.setattr(rendezvous, "_about", lambda device: {**about(device), "versions": next(turn)})
     found = meet_in_threads(monkeypatch, [0, 1], 2, 1)
-    assert all("install the same versions" in message for message in found.values())
+    assert "install the same versions" in found[0]
+    assert "install the same versions" in found[1] or "lost rank 0" in found[1]
 
 
 def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
