@@ -1,6 +1,6 @@
 """Speed as ratios: ours and a reference, taken in turns in one process on one machine.
 
-    python tools/benchmark.py [train] [init] [--json FILE]
+    python tools/benchmark.py [init] [train] [checkpoint] [--json FILE]
 
 train: steps of `configs/model/17m.yaml` (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same
 shape under torch's AdamW, same batches, same threads. init: the counter-based streams against `torch.normal_`.
@@ -31,27 +31,21 @@ def in_turns(first: Callable[[], object], second: Callable[[], object], repeats:
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
-    """Tokens per second of a training step, ours and Hugging Face's."""
+def build(arguments: list[str]) -> tuple[Any, Any]:
+    """(config, engine) of a filled model on this process's CPU, without data."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from megagamma.config_io import parse_config
     from megagamma.distributed.engine import Engine
     from megagamma.distributed.runtime import Runtime
-    from megagamma.model.cost import flops_per_token, measure_matmul_peak
     from megagamma.model.gpt import build_model
     from megagamma.model.hook import fill
-    from megagamma.model.parameters import ParameterMap, logical_parameters
+    from megagamma.model.parameters import ParameterMap
     from megagamma.training.optimizer import parameter_groups
 
-    config = parse_config(
-        [
-            *("--config", "configs/model/17m.yaml", "--data.corpus", "tiny", "--model.vocab_size", "4096"),
-            *("--model.attention_gate", "none", "--model.qk_norm", "false", "--run.device", "cpu"),
-            *("--data.global_batch_size", "4", "--data.micro_batch_size", "4", *arguments),
-        ]
-    )
+    common = ["--data.corpus", "tiny", "--model.vocab_size", "4096", "--run.device", "cpu"]
+    batch = ["--data.global_batch_size", "4", "--data.micro_batch_size", "4"]
+    config = parse_config([*common, *batch, *arguments])
     model = config.model
     runtime = Runtime(config)
     chunks = build_model(config, torch.float32, runtime.device)
@@ -59,7 +53,34 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
     fill(parameter_map, config)
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
     engine.set_learning_rate(1e-4)
+    return config, engine
 
+
+def random_batch(config: Any) -> dict[str, Any]:
+    """One microbatch of random tokens."""
+    import torch
+
+    batch, length = config.data.global_batch_size, config.data.sequence_length
+    tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1))
+    return {
+        "tokens": tokens[:, :-1],
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(batch, length),
+        "position_ids": torch.arange(length).repeat(batch, 1),
+    }
+
+
+def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
+    """Tokens per second of a training step, ours and Hugging Face's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megagamma.model.cost import flops_per_token, measure_matmul_peak
+    from megagamma.model.parameters import logical_parameters
+
+    shape = ["--config", "configs/model/17m.yaml", "--model.attention_gate", "none", "--model.qk_norm", "false"]
+    config, engine = build([*shape, *arguments])
+    model = config.model
     torch.manual_seed(0)
     reference = LlamaForCausalLM(
         LlamaConfig(
@@ -77,14 +98,8 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
         )
     )
     adam = torch.optim.AdamW(reference.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batch, length = config.data.global_batch_size, config.data.sequence_length
-    tokens = torch.randint(0, model.vocab_size or 2, (batch, length + 1))
-    ours_batch = {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "loss_mask": torch.ones(batch, length),
-        "position_ids": torch.arange(length).repeat(batch, 1),
-    }
+    ours_batch = random_batch(config)
+    batch, length = ours_batch["tokens"].shape
 
     def ours() -> None:
         engine.forward_backward([ours_batch])
@@ -92,7 +107,8 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
 
     def theirs() -> None:
         # The labels are given shifted, so that both models predict the same positions.
-        out = reference(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous(), labels=tokens[:, :-1])
+        inputs, labels = ours_batch["tokens"], ours_batch["labels"]
+        out = reference(input_ids=inputs, shift_labels=labels, labels=inputs)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         adam.step()
@@ -108,7 +124,7 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
         "ratio": theirs_seconds / ours_seconds,
         "ours_share_of_matmul_peak": flops / ours_seconds / peak,
     }
-    runtime.close()
+    engine.close()
     return result
 
 
@@ -130,16 +146,92 @@ def benchmark_init(repeats: int) -> dict[str, Any]:
     }
 
 
+def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
+    """Rates of saving and loading against plain files of the same bytes; the stall of an asynchronous save."""
+    import os
+    import tempfile
+    from pathlib import Path
+
+    import torch
+
+    from megagamma.distributed.replicas import fingerprint
+    from megagamma.training.checkpoint import Saver, load
+
+    config, engine = build(["--config", "configs/model/30m.yaml", *arguments])
+    batch = random_batch(config)
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name)
+        saver = Saver(engine, folder / "checkpoints")
+        path = saver.save(1, {"consumed_samples": 0})
+        assert path is not None
+        size = sum(file.stat().st_size for file in path.iterdir())
+        block = os.urandom(1 << 24)
+
+        def write() -> None:
+            with open(folder / "plain", "wb") as file:
+                for _ in range(size // len(block)):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+
+        def read() -> None:
+            with open(folder / "plain", "rb") as file:
+                while file.read(1 << 24):
+                    pass
+
+        def forget() -> None:
+            """Drop the file cache of both, so that they are read from the disk."""
+            for file in (*path.iterdir(), folder / "plain"):
+                with open(file, "rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        save_seconds, write_seconds = in_turns(lambda: saver.save(1, {"consumed_samples": 0}), write, repeats)
+        load_seconds, read_seconds = in_turns(
+            lambda: (forget(), load(engine, path)), lambda: (forget(), read()), repeats
+        )
+        stalls = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            saver.save(1, {"consumed_samples": 0}, asynchronous=True)
+            stalls.append(time.perf_counter() - begin)
+            saver.finish()
+
+    def step() -> None:
+        engine.forward_backward([batch])
+        engine.step()
+
+    check_seconds, step_seconds = in_turns(
+        lambda: [fingerprint(tensor.parameter.data) for tensor in engine.map], step, max(3, repeats // 2)
+    )
+    engine.close()
+    torch.set_num_threads(1)
+    return {
+        "megabytes": size / 1e6,
+        "save_rate_over_plain_write": write_seconds / save_seconds,
+        "load_rate_over_plain_read": read_seconds / load_seconds,
+        "asynchronous_stall_over_save": statistics.median(stalls) / save_seconds,
+        "replica_check_over_step": check_seconds / step_seconds,
+    }
+
+
 def main() -> int:
     """Run the asked benchmarks and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=["train", "init"], help="default: all")
+    names = ["init", "train", "checkpoint"]
+    parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--repeats", type=int, default=12, help="measured calls of each side (default 12)")
     parser.add_argument("--json", help="write the numbers to this file too")
     known, rest = parser.parse_known_args()
     results: dict[str, Any] = {}
-    for which in known.which or ["init", "train"]:
-        results[which] = benchmark_init(known.repeats) if which == "init" else benchmark_train(known.repeats, rest)
+    for which in known.which or names:
+        if which not in names:
+            parser.error(f"{which} is not a benchmark: use {', '.join(names)}")
+        if which == "init":
+            results[which] = benchmark_init(known.repeats)
+        elif which == "train":
+            results[which] = benchmark_train(known.repeats, rest)
+        else:
+            results[which] = benchmark_checkpoint(max(3, known.repeats // 3), rest)
         print(which, json.dumps(results[which]), flush=True)
     if known.json:
         from megagamma.files import write_json

@@ -119,9 +119,10 @@ class Trainer:
         self.reporter.step(values, session.steps, console, record=last or step % every.interval == 0)
         if every.sample_interval and step % every.sample_interval == 0 and not last:
             self._sample()
-        stopping = self.runtime.any_rank(self.signals.received is not None)
+        # After the last step there is nothing left to stop.
+        stopping = self.runtime.any_rank(self.signals.received is not None) and not last
         self._save_when_due(last, stopping)
-        return stopping and not last
+        return stopping
 
     def _update(self, step: int, loss: float, samples: range) -> None:
         """Step the optimizer, or do what the guard says about a loss or gradient that makes no sense."""

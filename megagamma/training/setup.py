@@ -28,6 +28,7 @@ from megagamma.initialization.report import (
 )
 from megagamma.model.gpt import build_model
 from megagamma.model.hook import draw, fill, report_drawn
+from megagamma.model.memory import check_fits
 from megagamma.model.parameters import ParameterMap
 from megagamma.training import checkpoint, reading
 from megagamma.training.metrics import Reporter
@@ -157,6 +158,7 @@ def prepare_session(config: Config) -> Session:
     runtime.on_main(lambda: _check_folder(config))
     folder = Path(config.run.folder)
     data = open_data(config)
+    check_fits(config, runtime.size)  # again, now that the vocabulary is known
     steps = total_steps(config)
     dtype, warning = choose_dtype(config, runtime.device)
     manifest = None
