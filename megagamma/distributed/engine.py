@@ -28,6 +28,7 @@ from megagamma.config_rules import zero_stage
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import OptimizerState
+from megagamma.distributed.straggler import ForwardClock
 from megagamma.model.gpt import document_mask
 from megagamma.model.parameters import ParameterMap
 
@@ -154,6 +155,7 @@ class Engine:
             chunk.config.no_sync_func = self._inner_microbatches if self.hooked else None
         self.state = OptimizerState(self.optimizer, self.stage, parameter_map, runtime)
         self._forward_backward = get_forward_backward_func()
+        self.forward_clock = ForwardClock(runtime.device)
         self.grad_norm = math.nan
 
     # -- one step ------------------------------------------------------------------------------------------------

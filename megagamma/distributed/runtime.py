@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megagamma.config import Config
 from megagamma.distributed.rendezvous import meet
-from megagamma.errors import ConfigurationError
+from megagamma.errors import ConfigurationError, MegagammaError
 
 T = TypeVar("T")
 
@@ -223,6 +223,22 @@ class Runtime:
             raise outcome[1]
         result: T = outcome[0]
         return result
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something on every rank; when it goes wrong on any, all raise what the first of them met.
+
+        So that rank 0, which speaks for the run, tells of a file that only another host lacks, and nobody waits.
+        """
+        result: Any = None
+        problem: MegagammaError | None = None
+        try:
+            result = action()
+        except MegagammaError as error:
+            problem = error
+        for rank, (host, met) in enumerate(self.gather((self.host, problem))):
+            if met is not None:
+                raise met if rank == 0 else type(met)(f"rank {rank} on {host}: {met}")
+        return result  # type: ignore[no-any-return]
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

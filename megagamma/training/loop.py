@@ -12,6 +12,7 @@ import torch
 from megagamma.config_io import as_dict
 from megagamma.data.batches import microbatch_ids
 from megagamma.distributed.replicas import check_replicas
+from megagamma.distributed.straggler import find_straggler
 from megagamma.errors import TrainingError
 from megagamma.model.cost import flops_per_token, known_peak_flops, measure_matmul_peak
 from megagamma.training import checkpoint
@@ -116,6 +117,10 @@ class Trainer:
             check_replicas(self.engine)
         every = config.logging
         console = step == 1 or last or step % every.console_interval == 0
+        if console:
+            slow = find_straggler(self.runtime, self.engine.forward_clock.read())
+            if slow is not None:
+                values |= {"slowest_rank": slow.rank, "slowest_host": slow.host, "slowest_ratio": slow.ratio}
         self.reporter.step(values, session.steps, console, record=last or step % every.interval == 0)
         if every.sample_interval and step % every.sample_interval == 0 and not last:
             self._sample()

@@ -171,11 +171,14 @@ class Reporter:
 def console_line(values: dict[str, Any], steps: int) -> str:
     """One line: step, loss, gradient norm, learning rate, speed, utilization, memory, time left."""
     step = values["step"]
+    slow = ""
+    if "slowest_rank" in values:
+        slow = f"  slowest rank {values['slowest_rank']} x{values['slowest_ratio']:.2f}"
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {_cell(values['loss'], '.4f')}  "
         f"grad {_cell(values['grad_norm'], '.3f')}  lr {values['lr']:.2e}  "
         f"{_cell(values['tokens_per_second'], ',.0f')} tok/s  {_cell(values['tflops'], '.3g')} TFLOP/s  "
-        f"MFU {_cell(values['mfu'], '.1%')}  {values['memory_gib']:.2f} GiB  eta {duration(values['eta_seconds'])}"
+        f"MFU {_cell(values['mfu'], '.1%')}  {values['memory_gib']:.2f} GiB  eta {duration(values['eta_seconds'])}{slow}"
     )
 
 

@@ -157,7 +157,7 @@ def prepare_session(config: Config) -> Session:
     runtime = Runtime(config)
     runtime.on_main(lambda: _check_folder(config))
     folder = Path(config.run.folder)
-    data = open_data(config)
+    data = runtime.together(lambda: open_data(config))
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
     steps = total_steps(config)
     dtype, warning = choose_dtype(config, runtime.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.ranks import free_port
+from support.ranks import RankPool, free_port
 
 from megagamma.distributed import rendezvous
 from megagamma.errors import DistributedError
@@ -77,3 +77,33 @@ def test_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "not a port")
     _, others = rendezvous.meet(0, 1, CPU, 1)
     assert len(others) == 1
+
+
+def fails_on(rank: int) -> str:
+    """What every rank hears when one of them cannot read its data."""
+    from megagamma.config_io import parse_config
+    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.errors import DataError
+
+    world = world_from_environment()
+    runtime = Runtime(parse_config(["--config", "configs/smoke.yaml"], world_size=world.size), world)
+
+    def read() -> int:
+        if runtime.rank == rank:
+            raise DataError("data.paths: x is missing")
+        return 7
+
+    try:
+        return str(runtime.together(read))
+    except DataError as error:
+        return str(error)
+    finally:
+        runtime.close_groups()
+
+
+def test_an_error_of_one_rank_is_told_by_all(two_ranks: RankPool) -> None:
+    assert two_ranks.run(fails_on, -1) == ["7", "7"]
+    assert two_ranks.run(fails_on, 0) == ["data.paths: x is missing"] * 2
+    for message in two_ranks.run(fails_on, 1):
+        assert message.startswith("rank 1 on ")
+        assert message.endswith("data.paths: x is missing")
