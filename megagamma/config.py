@@ -290,7 +290,7 @@ class ValidationConfig:
     at_end: bool = True
     """Validate after the last step."""
     full_at_end: bool = False
-    """Use all of every set after the last step."""
+    """After the last step, also use all of every set, recorded as val/<set>_full."""
 
 
 @dataclass

@@ -181,7 +181,9 @@ class Engine:
             inputs = self._inputs(next(iterator))
             mask = inputs.pop("loss_mask")
             module = self.deepspeed if self.hooked else chunk
-            output = module(inputs["tokens"], inputs["position_ids"], inputs["attention_mask"], labels=inputs["labels"])
+            positions, attention = inputs["position_ids"], inputs["attention_mask"]
+            with self.forward_clock.measure():
+                output = module(inputs["tokens"], positions, attention, labels=inputs["labels"])
 
             def loss_of(output: Tensor) -> tuple[Tensor, Tensor]:
                 total = (output.float() * mask).sum()

@@ -66,7 +66,7 @@ def find_straggler(runtime: Runtime, seconds: float) -> Straggler | None:
     found = runtime.gather((runtime.pipeline_rank, runtime.host, seconds))
     worst: Straggler | None = None
     for rank, (stage, host, mine) in enumerate(found):
-        usual = statistics.median(other for peer, _, other in found if peer == stage)
+        usual = statistics.median_low(other for peer, _, other in found if peer == stage)
         ratio = mine / usual if usual > 0 else 1.0
         if worst is None or ratio > worst.ratio:
             worst = Straggler(rank, host, ratio)

@@ -112,7 +112,9 @@ class Trainer:
         last = step == session.steps
         due = config.validation.interval and step % config.validation.interval == 0
         if due or (last and config.validation.at_end):
-            values |= self._validate(full=last and config.validation.full_at_end)
+            values |= self._validate(config.validation.windows)
+            if last and config.validation.full_at_end:
+                values |= self._validate(0, "_full")
         if config.guard.replica_interval and step % config.guard.replica_interval == 0:
             check_replicas(self.engine)
         every = config.logging
@@ -180,14 +182,17 @@ class Trainer:
 
     # -- between steps -------------------------------------------------------------------------------------------
 
-    def _validate(self, full: bool) -> dict[str, float]:
-        """Loss on every validation set; nats per token and bits per byte of text."""
+    def _validate(self, limit: int, suffix: str = "") -> dict[str, float]:
+        """Loss on the first `limit` windows (0: all) of every set, in nats per token and bits per byte of text.
+
+        A pass over another part of a set has another name, by `suffix`: their losses do not compare.
+        """
         values: dict[str, float] = {}
         micro, ranks = self.config.data.micro_batch_size, self.runtime.data_size
         stages = self.config.parallel.pipeline  # microbatches at a time, to fill the pipeline
-        for name, held_out in self.session.data.validation.items():
-            limit = self.config.validation.windows
-            windows = held_out.windows if full or limit == 0 else min(limit, held_out.windows)
+        for held_name, held_out in self.session.data.validation.items():
+            name = held_name + suffix
+            windows = min(limit, held_out.windows) if limit else held_out.windows
             total, tokens = 0.0, 0.0
             for first in range(0, windows, micro * ranks * stages):
                 batches = []
