@@ -154,15 +154,17 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
 
     import torch
 
+    from megagamma.config_io import as_dict
     from megagamma.distributed.replicas import fingerprint
     from megagamma.training.checkpoint import Saver, load
 
     config, engine = build(["--config", "configs/model/30m.yaml", *arguments])
     batch = random_batch(config)
+    state = {"config": as_dict(config), "consumed_samples": 0, "seconds": 0.0, "tokenizer": "", "progress": {}}
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name)
         saver = Saver(engine, folder / "checkpoints")
-        path = saver.save(1, {"consumed_samples": 0})
+        path = saver.save(1, state)
         assert path is not None
         size = sum(file.stat().st_size for file in path.iterdir())
         block = os.urandom(1 << 24)
@@ -185,14 +187,14 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
                 with open(file, "rb") as opened:
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-        save_seconds, write_seconds = in_turns(lambda: saver.save(1, {"consumed_samples": 0}), write, repeats)
+        save_seconds, write_seconds = in_turns(lambda: saver.save(1, state), write, repeats)
         load_seconds, read_seconds = in_turns(
             lambda: (forget(), load(engine, path)), lambda: (forget(), read()), repeats
         )
         stalls = []
         for _ in range(repeats):
             begin = time.perf_counter()
-            saver.save(1, {"consumed_samples": 0}, asynchronous=True)
+            saver.save(1, state, asynchronous=True)
             stalls.append(time.perf_counter() - begin)
             saver.finish()
 

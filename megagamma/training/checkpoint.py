@@ -160,6 +160,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._written: tuple[list[dict[str, Any]], str | None] = ([], None)
         self._manifest: dict[str, Any] = {}
+        self._copies: dict[tuple[str, str], Tensor] = {}
 
     def save(self, step: int, state: dict[str, Any], asynchronous: bool = False) -> Path | None:
         """Write a checkpoint; all ranks call it.
@@ -198,15 +199,21 @@ class Saver:
         if not asynchronous:
             self._written = _write_files(partial, self.runtime.rank, owned, tensors)
             return self._publish()
-        copies = [(kind, name, tensor.cpu()) for kind, name, tensor in tensors]
+        copies = [(kind, name, self._copy(kind, name, tensor)) for kind, name, tensor in tensors]
 
         def write() -> None:
             self._written = _write_files(partial, self.runtime.rank, owned, copies)
-            copies.clear()
 
         self._thread = threading.Thread(target=write, name=f"save-{step}")
         self._thread.start()
         return None
+
+    def _copy(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+        """A copy in memory that is kept for the next save: fresh memory costs more time than the copy."""
+        known = self._copies.get((kind, name))
+        if known is None:
+            known = self._copies[kind, name] = torch.empty(tensor.shape, dtype=torch.float32)
+        return known.copy_(tensor)
 
     @property
     def pending(self) -> bool:
