@@ -26,8 +26,8 @@ VARIANTS = {
 TOLERANCE = 1e-5
 HEAD = """# Any layout, one result
 
-The model and data of `configs/smoke.yaml`, the same seed and global batch, {steps} steps in fp32 on CPU processes with
-gloo, each layout against one process without ZeRO. TP, PP, DP: tensor-, pipeline- and data-parallel ranks; SP: sequence
+The model and data of `configs/smoke.yaml` at a learning rate of 3e-4, the same seed and global batch, {steps} steps in
+fp32 on CPU processes with gloo, each layout against one process without ZeRO. TP, PP, DP: tensor-, pipeline- and data-parallel ranks; SP: sequence
 parallelism; VP: virtual pipeline stages. Made by `python tools/equality_matrix.py --output docs/equality.md`.
 """
 
@@ -43,7 +43,9 @@ def main() -> int:
     pools, rows, worst = Pools(), [], 0.0
     layouts = all_layouts(tuple(known.worlds))
     reference_layout = Layout()
-    base = ["--config", "configs/smoke.yaml"]
+    # At the smoke config's own rate of 0.003 the tied model is unstable, and amplifies rounding from 1e-8 to 4e-4 within
+    # the 20 steps, on two data-parallel ranks as much as anywhere.
+    base = ["--config", "configs/smoke.yaml", "--optimizer.lr", "0.0003"]
     references = {
         name: pools.of(1).run(trace, [*base, *VARIANTS[name], *reference_layout.flags()], known.steps)[0]
         for name in known.variants
