@@ -27,8 +27,9 @@ TOLERANCE = 1e-5
 HEAD = """# Any layout, one result
 
 The model and data of `configs/smoke.yaml` at a learning rate of 3e-4, the same seed and global batch, {steps} steps in
-fp32 on CPU processes with gloo, each layout against one process without ZeRO. TP, PP, DP: tensor-, pipeline- and data-parallel ranks; SP: sequence
-parallelism; VP: virtual pipeline stages. Made by `python tools/equality_matrix.py --output docs/equality.md`.
+fp32 on CPU processes with gloo, each layout against one process without ZeRO. TP, PP, DP: tensor-, pipeline- and
+data-parallel ranks; SP: sequence parallelism; VP: virtual pipeline stages. Made by
+`python tools/equality_matrix.py --output docs/equality.md`.
 """
 
 
