@@ -33,25 +33,14 @@ def in_turns(first: Callable[[], object], second: Callable[[], object], repeats:
 
 def build(arguments: list[str]) -> tuple[Any, Any]:
     """(config, engine) of a filled model on this process's CPU, without data."""
-    import torch
-
     from megagamma.config_io import parse_config
-    from megagamma.distributed.engine import Engine
     from megagamma.distributed.runtime import Runtime
-    from megagamma.model.gpt import build_model
-    from megagamma.model.hook import fill
-    from megagamma.model.parameters import ParameterMap
-    from megagamma.training.optimizer import parameter_groups
+    from megagamma.training.assembly import fresh_engine
 
     common = ["--data.corpus", "tiny", "--model.vocab_size", "4096", "--run.device", "cpu"]
     batch = ["--data.global_batch_size", "4", "--data.micro_batch_size", "4"]
     config = parse_config([*common, *batch, *arguments])
-    model = config.model
-    runtime = Runtime(config)
-    chunks = build_model(config, torch.float32, runtime.device)
-    parameter_map = ParameterMap(list(chunks), model, 0, 1)
-    fill(parameter_map, config)
-    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    engine = fresh_engine(config, Runtime(config))
     engine.set_learning_rate(1e-4)
     return config, engine
 

@@ -81,27 +81,18 @@ class Trace:
 
 def trace(arguments: list[str], steps: int) -> Trace:
     """Build, fill and train on this rank of a pool; the weights are hashed before the first step."""
-    import torch
-
     from megagamma.config_io import parse_config
     from megagamma.data.batches import microbatch_ids
     from megagamma.data.sources import open_data
-    from megagamma.distributed.engine import Engine
     from megagamma.distributed.runtime import Runtime, world_from_environment
-    from megagamma.model.gpt import build_model
-    from megagamma.model.hook import fill
-    from megagamma.model.parameters import ParameterMap
+    from megagamma.training.assembly import fresh_engine
     from megagamma.training.checkpoint import whole_tensors
-    from megagamma.training.optimizer import parameter_groups
 
     world = world_from_environment()
     config = parse_config(arguments, world_size=world.size)
     runtime = Runtime(config, world)
     source = open_data(config).train
-    chunks = build_model(config, torch.float32, runtime.device)
-    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
-    fill(parameter_map, config)
-    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    engine = fresh_engine(config, runtime)
     mine = {
         name: hashlib.sha256(values.numpy().tobytes()).hexdigest()
         for kind, name, values in whole_tensors(engine, ("weight",))

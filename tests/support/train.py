@@ -13,22 +13,15 @@ def build_engine(arguments: list[str]) -> tuple[Any, Any]:
 
     from megagamma.config_io import parse_config
     from megagamma.data.sources import open_data
-    from megagamma.distributed.engine import Engine
     from megagamma.distributed.runtime import Runtime, world_from_environment
-    from megagamma.model.gpt import build_model
-    from megagamma.model.hook import fill
-    from megagamma.model.parameters import ParameterMap
-    from megagamma.training.optimizer import parameter_groups
+    from megagamma.training.assembly import fresh_engine
 
     world = world_from_environment()
     config = parse_config([*SMOKE, *arguments], world_size=world.size)
     runtime = Runtime(config, world)
     data = open_data(config)
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    chunks = build_model(config, dtype, runtime.device)
-    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
-    fill(parameter_map, config)
-    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    engine = fresh_engine(config, runtime, dtype)
     engine.data = data  # type: ignore[attr-defined]
     return config, engine
 

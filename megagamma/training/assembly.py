@@ -1,0 +1,27 @@
+"""A freshly drawn model in its engine, for whatever needs no run's folder: studies of layouts, benchmarks, tests."""
+
+from __future__ import annotations
+
+import torch
+
+from megagamma.config import Config
+from megagamma.distributed.engine import Engine
+from megagamma.distributed.runtime import Runtime
+from megagamma.model.gpt import build_model
+from megagamma.model.hook import fill
+from megagamma.model.parameters import ParameterMap
+from megagamma.training.optimizer import parameter_groups
+
+
+def fresh_engine(config: Config, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Engine:
+    """Build this rank's part of the model, fill it, and hand it to DeepSpeed.
+
+    Args:
+        config: resolved and validated, vocabulary known.
+        runtime: this process, its groups formed.
+        dtype: of the weights.
+    """
+    chunks = build_model(config, dtype, runtime.device)
+    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
+    fill(parameter_map, config)
+    return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
