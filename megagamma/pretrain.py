@@ -31,14 +31,15 @@ def world_size() -> int:
 def main() -> int:
     """Train; returns the exit code."""
     config = parse_config(program="pretrain.py", world_size=world_size())
+    from megagamma.distributed.contact import explain_lost_contact
     from megagamma.training.loop import Trainer
     from megagamma.training.setup import prepare_session
 
-    session = prepare_session(config)
-    try:
-        return Trainer(session).run()
-    finally:
+    with explain_lost_contact(config.run.timeout_minutes):
+        session = prepare_session(config)
+        code = Trainer(session).run()
         session.runtime.close()
+        return code
 
 
 if __name__ == "__main__":

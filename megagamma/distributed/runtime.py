@@ -171,7 +171,7 @@ class Runtime:
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             context_parallel_size=parallel.context,
-            distributed_timeout_minutes=max(1, round(self.config.run.timeout_minutes)),
+            distributed_timeout_minutes=self.config.run.timeout_minutes,  # type: ignore[arg-type] # a fraction works
             create_gloo_process_groups=False,
         )
         Runtime._megatron_groups += [group for group in dist.distributed_c10d._world.pg_map if group not in before]

@@ -1,0 +1,47 @@
+"""What it means for a rank that another one went away in the middle of a collective."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megagamma.errors import DistributedError
+
+# How gloo says it, in a plain RuntimeError; NCCL and the store have exceptions of their own.
+_GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an exception says that another rank is gone or silent, and not that this one did something wrong."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GLOO)
+
+
+@contextlib.contextmanager
+def explain_lost_contact(timeout_minutes: float) -> Iterator[None]:
+    """Turn the communication library's exception into one line that says what to do.
+
+    Args:
+        timeout_minutes: `run.timeout_minutes`, after which a collective gives up.
+
+    Raises:
+        DistributedError: another rank is gone or silent.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        lost = DistributedError(
+            f"on {socket.gethostname()}: another rank ended, or gave no answer within run.timeout_minutes="
+            f"{timeout_minutes:g}; rank {rank} cannot go on without it. Look for what that rank or its host said last; "
+            f"the same command goes on from the newest checkpoint. The library said: {str(error).splitlines()[0]}"
+        )
+        lost.on_one_rank = True
+        raise lost from error
