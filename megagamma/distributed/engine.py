@@ -33,7 +33,7 @@ from megagamma.model.gpt import document_mask
 from megagamma.model.parameters import ParameterMap
 
 
-class _ModelParallelUnit:
+class ModelParallelUnit:
     """Megatron's groups under the names that DeepSpeed asks for.
 
     Its model-parallel group is tensor x pipeline, so that gradient norms and overflow checks see every stage.
@@ -147,7 +147,7 @@ class Engine:
             model=_Chunks(chunks),
             optimizer=adam,
             config=values,
-            mpu=_ModelParallelUnit(),
+            mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
         self.optimizer = self.deepspeed.optimizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,29 @@ from megagamma.model.parameters import MappedTensor, ParameterMap
 
 # The fp32 master weight and Adam's two moments; names as torch.optim.AdamW has them.
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def partition_writer(runtime: Runtime) -> Callable[[MappedTensor, Tensor], None]:
+    """`write_partition` for this rank."""
+    return functools.partial(write_partition, data_rank=runtime.data_rank)
+
+
+def write_partition(tensor: MappedTensor, whole: Tensor, data_rank: int) -> None:
+    """Write this rank's part of a whole local tensor into a weight that ZeRO 3 has partitioned.
+
+    Args:
+        tensor: of the map; its parameter holds a shard `ds_tensor`, the last of them padded.
+        whole: [tensor.shape], rounded to the weight's dtype here.
+        data_rank: this rank among the data-parallel ones.
+    """
+    parameter: Any = tensor.parameter
+    flat, shard = whole.reshape(-1), parameter.ds_tensor
+    start = shard.numel() * data_rank
+    if start < flat.numel():
+        end = min(flat.numel(), start + shard.numel())
+        shard.data.view(-1)[: end - start].copy_(flat[start:end])
+    if parameter.numel() == flat.numel():  # small ones stay whole between steps
+        parameter.data.copy_(whole)
 
 
 class OptimizerState:
@@ -95,17 +120,10 @@ class OptimizerState:
             piece[: end - start].copy_(flat[start:end])
         if kind != "weight" or self.stage == 0:
             return
-        parameter: Any = tensor.parameter
         if self.stage < 3:
-            parameter.data.copy_(value)
-            return
-        shard = parameter.ds_tensor
-        start = shard.numel() * self.runtime.data_rank
-        if start < flat.numel():
-            end = min(flat.numel(), start + shard.numel())
-            shard.data.view(-1)[: end - start].copy_(flat[start:end])
-        if parameter.numel() == flat.numel():  # small ones stay whole between steps
-            parameter.data.copy_(value)
+            tensor.parameter.data.copy_(value)
+        else:
+            write_partition(tensor, value, self.runtime.data_rank)
 
     @property
     def step(self) -> int:

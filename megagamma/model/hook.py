@@ -50,8 +50,15 @@ def moments(values: Tensor) -> Moments:
 
 
 @torch.no_grad()
-def fill(parameter_map: ParameterMap, config: Config) -> dict[str, Moments]:
+def fill(
+    parameter_map: ParameterMap, config: Config, write: Callable[[MappedTensor, Tensor], None] | None = None
+) -> dict[str, Moments]:
     """Fill this rank's weights, and mark which are split.
+
+    Args:
+        parameter_map: of the built model.
+        config: the run's.
+        write: stores a whole local tensor in a weight that was partitioned while it was built (ZeRO 3).
 
     Returns:
         Moments of what this rank drew, by logical name; sum them over the ranks of the model with `report_drawn`.
@@ -59,10 +66,17 @@ def fill(parameter_map: ParameterMap, config: Config) -> dict[str, Moments]:
     parameter_map.mark_tensor_parallel()
     drawn: dict[str, Moments] = {}
     for tensor in parameter_map:
-        draw(tensor, tensor.parameter.data, config)
+        values = tensor.parameter.data
+        partitioned = hasattr(tensor.parameter, "ds_tensor")
+        if partitioned:
+            values = torch.empty(tensor.shape, dtype=values.dtype, device=values.device)
+        draw(tensor, values, config)
+        if partitioned:
+            assert write is not None
+            write(tensor, values)
         for part in tensor.parts:
             if part.logical.role != "norm":
-                found = moments(part.view(tensor.parameter.data))
+                found = moments(part.view(values))
                 drawn[part.logical.name] = drawn.get(part.logical.name, Moments()) + found
     return drawn
 

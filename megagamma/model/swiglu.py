@@ -34,9 +34,10 @@ class _SwiGLU(torch.autograd.Function):
 class SwiGLUMLP(MLP):
     """Megatron's MLP of two parallel linear layers, with the gated activation between them replaced."""
 
-    def __init__(self, config: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any, tp_group: Any = None, pg_collection: Any = None, **_: Any) -> None:
         layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        super().__init__(config, layers, **kwargs)
+        # Newer Megatron-core hands every module its whole collection of groups.
+        super().__init__(config, layers, tp_group=tp_group if pg_collection is None else pg_collection.tp)
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden_size] -> ([s, b, hidden_size], None); there are no biases."""

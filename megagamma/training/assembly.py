@@ -6,7 +6,9 @@ import torch
 
 from megagamma.config import Config
 from megagamma.distributed.engine import Engine
+from megagamma.distributed.partitioned import building
 from megagamma.distributed.runtime import Runtime
+from megagamma.distributed.state import partition_writer
 from megagamma.model.gpt import build_model
 from megagamma.model.hook import fill
 from megagamma.model.parameters import ParameterMap
@@ -21,7 +23,8 @@ def fresh_engine(config: Config, runtime: Runtime, dtype: torch.dtype = torch.fl
         runtime: this process, its groups formed.
         dtype: of the weights.
     """
-    chunks = build_model(config, dtype, runtime.device)
+    with building(config, runtime, dtype):
+        chunks = build_model(config, dtype, runtime.device)
     parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
-    fill(parameter_map, config)
+    fill(parameter_map, config, partition_writer(runtime))
     return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))

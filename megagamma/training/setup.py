@@ -14,7 +14,9 @@ from megagamma.config import Config
 from megagamma.config_io import as_dict, differences, from_dict, save_config
 from megagamma.data.sources import RunData, open_data
 from megagamma.distributed.engine import Engine
+from megagamma.distributed.partitioned import building
 from megagamma.distributed.runtime import Runtime
+from megagamma.distributed.state import partition_writer
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import require_writable, write_json
 from megagamma.initialization.report import (
@@ -136,7 +138,7 @@ def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fing
 
 def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, folder: Path) -> list[MatrixReport]:
     """Fill the weights and report what was drawn; refuses weights that are not what was asked for."""
-    drawn = fill(parameter_map, config)
+    drawn = fill(parameter_map, config, partition_writer(runtime))
     matrices = report_drawn(drawn, config, runtime.gather_over_model)
     roles = by_role(matrices, config.init)
     saturation = norm_saturation(config.model, {row.role: row.asked_std for row in roles})
@@ -170,7 +172,8 @@ def prepare_session(config: Config) -> Session:
         changed = _check_same_run(folder, config, manifest, data.tokenizer.fingerprint)
 
     begin = time.perf_counter()
-    chunks = build_model(config, dtype, runtime.device)
+    with building(config, runtime, dtype):
+        chunks = build_model(config, dtype, runtime.device)
     parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
     if manifest is None:
         _initialize(config, runtime, parameter_map, folder)

@@ -21,6 +21,9 @@ LAYOUTS = [
     Layout(2, 1, 2, 3),
     Layout(1, 2, 2, 0),
     Layout(2, 1, 2, 2, extra=("--model.recompute", "full")),
+    # The optimizer's state in the CPU's memory: the same path as on a GPU, though here there is nowhere else.
+    Layout(2, 1, 2, 2, extra=("--deepspeed_config", "configs/deepspeed/zero2_offload.json")),
+    Layout(1, 1, 4, 3, extra=("--deepspeed_config", "configs/deepspeed/zero3_offload.json")),
 ]
 TIED = ("--model.tie_embeddings", "true", "--model.attention_gate", "headwise")
 
@@ -52,7 +55,7 @@ def test_four_ranks_are_one(
     row = compare(found, references[()])
     assert row["weights equal"]
     assert row["loss"] < 1e-5
-    assert row["norm"] < 1e-4
+    assert row["norm"] < 1e-5
     # Negative control: the comparison sees another model.
     assert not compare(found, references[TIED])["weights equal"]
 
@@ -64,7 +67,7 @@ def test_tied_embeddings_and_gates_per_head(
     row = compare(four_ranks.run(trace, arguments(data_cache, *TIED, *layout.flags()), STEPS)[0], references[TIED])
     assert row["weights equal"]
     assert row["loss"] < 1e-5
-    assert row["norm"] < 1e-4
+    assert row["norm"] < 1e-5
 
 
 def test_the_matrix_has_every_legal_layout() -> None:

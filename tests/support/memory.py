@@ -30,7 +30,9 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
 
     from megagamma.config_io import parse_config
     from megagamma.distributed.engine import Engine, import_deepspeed
+    from megagamma.distributed.partitioned import building
     from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.state import partition_writer
     from megagamma.model.gpt import build_model
     from megagamma.model.hook import fill
     from megagamma.model.parameters import ParameterMap
@@ -44,9 +46,10 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     runtime.gather(0)
     baseline = resident()
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    chunks = build_model(config, dtype, runtime.device)
+    with building(config, runtime, dtype):
+        chunks = build_model(config, dtype, runtime.device)
     parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
-    fill(parameter_map, config)
+    fill(parameter_map, config, partition_writer(runtime))
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
     found: dict[str, Any] = {
         "baseline": baseline,
@@ -72,5 +75,42 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     found["step"] = resident("VmHWM") - baseline
     found["after"] = resident() - baseline
     found["peak"] = max(found["backward"], found["step"])
+    runtime.close_groups()
+    return found
+
+
+def measure_build(arguments: list[str], spread: bool) -> dict[str, int]:
+    """Build and fill a model inside a rank; `spread`: as ZeRO 3 builds it, else whole.
+
+    Returns:
+        whole: the weights; largest: the largest tensor; peak: most resident beyond what was there. Unit: bytes.
+    """
+    import contextlib
+    import gc
+
+    import torch
+
+    from megagamma.config_io import parse_config
+    from megagamma.distributed.partitioned import building
+    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.state import partition_writer
+    from megagamma.model.gpt import build_model
+    from megagamma.model.hook import fill
+    from megagamma.model.parameters import ParameterMap
+
+    world = world_from_environment()
+    config = parse_config(["--config", "configs/smoke.yaml", *arguments], world_size=world.size)
+    runtime = Runtime(config, world)
+    context = building(config, runtime, torch.float32)
+    runtime.gather(0)
+    gc.collect()
+    baseline = resident()
+    forget_peak()
+    with context if spread else contextlib.nullcontext():
+        chunks = build_model(config, torch.float32, runtime.device)
+    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
+    fill(parameter_map, config, partition_writer(runtime))
+    sizes = [4 * torch.Size(tensor.shape).numel() for tensor in parameter_map]
+    found = {"whole": sum(sizes), "largest": max(sizes), "peak": resident("VmHWM") - baseline}
     runtime.close_groups()
     return found
