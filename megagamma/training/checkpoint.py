@@ -4,7 +4,8 @@ A checkpoint is a folder `checkpoints/step_00001000/` with files `weight-*.safet
 `exp_avg_sq-*.safetensors`, whose tensors have their logical names and shapes (`megagamma.model.parameters`) whatever
 the layout that wrote them, and `checkpoint.json`: step, samples, config, and every file's tensors, size and
 checksum. There is no pickle in it. Files are written in a hidden folder and renamed when all are complete, so a
-folder under its final name is whole.
+folder under its final name is whole. `torch.distributed.checkpoint` reads it with its `HuggingFaceStorageReader`; its
+writer is not used, since it wants the whole state at once, where here one tensor at a time is gathered.
 
 Every rank writes a share of the logical tensors. To do so it gathers one tensor at a time, over the data-parallel
 ranks that ZeRO has spread it over and the tensor-parallel ranks that it is split over.
@@ -36,6 +37,7 @@ from megagamma.training.reading import (
     folder_name,
     read_manifest,
     steps_saved,
+    tensor_key,
     verify,
 )
 from megagamma.training.shards import ShardWriter
@@ -134,9 +136,9 @@ def _write_files(
             continue
         try:
             if writer is None:
-                entries = [(parameter.name, parameter.shape) for parameter in owned[kind]]
+                entries = [(tensor_key(kind, parameter.name), parameter.shape) for parameter in owned[kind]]
                 writer = ShardWriter(folder / f"{kind}-{rank:05d}.safetensors", entries)
-            writer.write(name, tensor)
+            writer.write(tensor_key(kind, name), tensor)
             left[kind] -= 1
             if left[kind] == 0:
                 size, digest = writer.close()

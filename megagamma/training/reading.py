@@ -17,10 +17,18 @@ from torch import Tensor
 from megagamma.errors import CheckpointError
 from megagamma.training.shards import checksum
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What a resume needs of checkpoint.json.
 _KEYS = ("step", "adam_step", "config", "consumed_samples", "seconds", "tokenizer", "progress", "files")
 _NAME = re.compile(r"step_(\d{8})")
+
+
+def tensor_key(kind: str, name: str) -> str:
+    """Name of a tensor inside its file; unique in a checkpoint, so that readers of whole folders can take it.
+
+    Weights have their logical names; moments have their kind before it.
+    """
+    return name if kind == "weight" else f"{kind}.{name}"
 
 
 def folder_name(step: int) -> str:
@@ -122,9 +130,9 @@ class CheckpointReader:
                     f"{self.folder / file}: cannot be read ({error}): {remedy(self.folder)}"
                 ) from error
         if start is None or shape is None:
-            whole: Tensor = self._open[file].get_tensor(name)
+            whole: Tensor = self._open[file].get_tensor(tensor_key(kind, name))
             return whole
-        found = self._open[file].get_slice(name)
+        found = self._open[file].get_slice(tensor_key(kind, name))
         if any(s + n > size for s, n, size in zip(start, shape, found.get_shape(), strict=True)):
             raise CheckpointError(f"{self.folder}: {name} has shape {found.get_shape()}: it is of another model")
         rectangle: Tensor = found[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]

@@ -19,7 +19,7 @@ from support.train import run_trainer
 from megagamma.cli import main_guard
 from megagamma.training import checkpoint_tools
 from megagamma.training.checkpoint_tools import compare_tensors, config_differences, natural
-from megagamma.training.reading import FORMAT_VERSION, CheckpointReader, folder_name
+from megagamma.training.reading import FORMAT_VERSION, CheckpointReader, folder_name, tensor_key
 from megagamma.training.shards import ShardWriter
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "checkpoint.py"
@@ -61,9 +61,10 @@ def write(root: Path, step: int, values=None, learning_rate=1e-3, split=1) -> Pa
         names = list(found)
         for part in range(split):
             mine = names[part::split]
-            writer = ShardWriter(folder / f"{kind}-{part:05d}.safetensors", [(n, tuple(found[n].shape)) for n in mine])
+            entries = [(tensor_key(kind, name), tuple(found[name].shape)) for name in mine]
+            writer = ShardWriter(folder / f"{kind}-{part:05d}.safetensors", entries)
             for name in mine:
-                writer.write(name, found[name])
+                writer.write(tensor_key(kind, name), found[name])
             size, digest = writer.close()
             files.append(
                 {"file": writer.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": mine}
@@ -92,7 +93,7 @@ def test_inspect_tells_what_is_in_it(run, tmp_path):
     folder = write(tmp_path / "run", 5, values)
     code, out, err = run("inspect", folder, "--json", tmp_path / "x.json")
     assert (code, err) == (0, "")
-    assert "step 5, 40 samples, 1,280 tokens, format 1" in out
+    assert f"step 5, 40 samples, 1,280 tokens, format {FORMAT_VERSION}" in out
     found = json.loads((tmp_path / "x.json").read_text())
     assert [row["name"] for row in found["tensors"]] == [NAMES[2], NAMES[1], NAMES[0]]
     for row in found["tensors"]:

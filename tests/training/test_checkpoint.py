@@ -134,6 +134,26 @@ def test_files_are_plain_safetensors_with_logical_names(whole: Path) -> None:
     assert manifest["consumed_samples"] == HALF * 8
 
 
+def test_distributed_checkpoint_of_torch_reads_it(tmp_path: Path, two_ranks: RankPool, data_cache: str) -> None:
+    """Weights and moments, written by two ranks, through a reader that knows nothing of this project."""
+    import torch.distributed.checkpoint as dcp
+
+    run = tmp_path / "run"
+    flags = ["--parallel.tensor", "2", "--run.steps", "3"]
+    assert two_ranks.run(run_trainer, [*arguments(run, data_cache, 1), *flags]) == [0, 0]
+    folder = run / "checkpoints" / "step_00000003"
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    found = {name: torch.zeros(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    ours = CheckpointReader(folder)
+    assert len(found) == 3 * len(ours.names())
+    for name in ours.names():
+        assert torch.equal(found[name], ours.read("weight", name))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(found[f"{kind}.{name}"], ours.read(kind, name))
+            assert found[f"{kind}.{name}"].abs().max() > 0
+
+
 @pytest.mark.parametrize("fault", ["truncated", "bit flipped", "missing", "manifest cut"])
 def test_damage_is_named(tmp_path: Path, whole: Path, fault: str) -> None:
     folder = halfway(whole, tmp_path / "damaged") / "checkpoints" / f"step_{HALF:08d}"
@@ -210,3 +230,35 @@ def test_pruning_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
     assert prune(tmp_path, 0, set()) == []
     assert prune(tmp_path, 2, {1, 3}) == [2, 4, 5]
     assert steps_saved(tmp_path) == [1, 3, 6, 7]
+
+
+def test_a_checkpoint_loads_in_another_precision(
+    tmp_path: Path, one_rank: RankPool, two_ranks: RankPool, data_cache: str, whole: Path
+) -> None:
+    """The masters are fp32 either way: bf16 starts from the very weights, and what it saves goes back to fp32."""
+    bf16 = halfway(whole, tmp_path / "bf16")
+    flags = ["--precision.dtype", "bf16"]
+    # One step, so that what was loaded is what the moments and masters of the next checkpoint grew from.
+    one = [*arguments(bf16, data_cache, 2, *flags), "--run.steps", str(HALF + 1), "--optimizer.lr", "0"]
+    assert two_ranks.run(run_trainer, [*one, "--schedule.min_lr_ratio", "0"]) == [0, 0]
+    before = CheckpointReader(whole / "checkpoints" / f"step_{HALF:08d}")
+    after = CheckpointReader(bf16 / "checkpoints" / f"step_{HALF + 1:08d}")
+    for name, tensor in before.tensors():
+        assert torch.equal(after.read("weight", name), tensor), f"{name}: at a rate of 0 a master must not move"
+        assert not torch.equal(after.read("exp_avg", name), before.read("exp_avg", name)), "a step was made"
+    # bf16 sees the same loss to its rounding, and not to fp32's.
+    expected, found = losses(whole)[HALF + 1][0], losses(bf16)[HALF + 1][0]
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert found != pytest.approx(expected, rel=1e-6)
+
+    # And back: an fp32 run from what bf16 saved is the fp32 run from what fp32 saved, whose masters are equal.
+    back = tmp_path / "back"
+    back.mkdir()
+    shutil.copytree(bf16 / "checkpoints", back / "checkpoints")
+    shutil.copy(bf16 / "metrics.jsonl", back)
+    again = [*arguments(back, data_cache, 1), "--run.steps", str(HALF + 2), "--optimizer.lr", "0"]
+    assert one_rank.run(run_trainer, again) == [0]
+    assert losses(back)[HALF + 2][0] != pytest.approx(losses(bf16)[HALF + 1][0], rel=1e-6)
+    final = CheckpointReader(back / "checkpoints" / f"step_{HALF + 2:08d}")
+    for name, tensor in before.tensors():
+        assert torch.equal(final.read("weight", name), tensor)
