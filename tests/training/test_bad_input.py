@@ -124,13 +124,18 @@ def test_manifest_of_another_program(one_rank: RankPool, tmp_path: Path, folder:
     assert "is not a manifest of prepared text" in refused(one_rank, tmp_path / "run", on(folder))
 
 
+def ours(err: str) -> list[str]:
+    """Lines of standard error, without what a CUDA build of torch logs on a machine that has none."""
+    return [line for line in err.splitlines() if "No CUDA runtime is found" not in line]
+
+
 def test_command_line_says_it_in_one_line(tmp_path: Path, folder: Path) -> None:
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
     code, out, err = finish(start(["--run.folder", str(tmp_path / "run"), *on(folder)]))
     assert (code, out) == (2, "")
-    assert err.startswith("error: data: '")
-    assert "train.bin' is truncated" in err
-    assert err.count("\n") == 1
+    (said,) = ours(err)
+    assert said.startswith("error: data: '")
+    assert "train.bin' is truncated" in said
 
 
 # -- tokenizers ------------------------------------------------------------------------------------------------
@@ -213,7 +218,9 @@ def test_port_in_use(tmp_path: Path, data_cache: str) -> None:
         begin = time.monotonic()
         code, out, err = finish(start(["--run.folder", str(run), "--data.cache", data_cache], **launcher))
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: MASTER_PORT={port}: another program listens on 127.0.0.1:{port}: choose a free port")
-    assert err.count("\n") == 1
+    (said,) = ours(err)
+    assert said.startswith(
+        f"error: MASTER_PORT={port}: another program listens on 127.0.0.1:{port}: choose a free port"
+    )
     assert time.monotonic() - begin < 100, "imports included; not the run's timeout of 30 minutes"
     assert not run.exists()
