@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,26 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+        raise MegagammaError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
+
+
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """Copy a file atomically: to a temporary name beside its place, synced, then renamed.
+
+    Raises:
+        MegagammaError: it cannot be written; what was there stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as read, open(temporary, "wb") as file:
+            shutil.copyfileobj(read, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise MegagammaError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
 
 

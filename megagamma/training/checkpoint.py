@@ -328,8 +328,10 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
         The manifest.
     """
     reader = CheckpointReader(folder)
+    # An imported model has no moments: Adam starts anew, as the engine has it.
+    kinds = [kind for kind in KINDS if kind in reader.kinds]
     for tensor in engine.map:
-        for kind in KINDS:
+        for kind in kinds:
             local = torch.empty(tensor.shape, dtype=torch.float32)
             for part in tensor.parts:
                 part.view(local).copy_(reader.read(kind, part.logical.name, part.start, part.shape))

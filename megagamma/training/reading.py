@@ -107,6 +107,11 @@ class CheckpointReader:
         }
         self._open: dict[str, Any] = {}
 
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of tensors in it; an imported model has no moments."""
+        return {kind for kind, _ in self._where}
+
     def names(self) -> list[str]:
         """Logical names of the weights."""
         return [name for kind, name in self._where if kind == "weight"]

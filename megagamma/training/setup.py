@@ -18,7 +18,7 @@ from megagamma.distributed.partitioned import building
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
 from megagamma.errors import CheckpointError, ConfigurationError
-from megagamma.files import require_writable, write_json
+from megagamma.files import copy_file, require_writable, write_json
 from megagamma.initialization.report import (
     MatrixReport,
     as_json,
@@ -120,7 +120,7 @@ def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fing
     Raises:
         CheckpointError: naming the knobs, with both values.
     """
-    if manifest["tokenizer"] != fingerprint:
+    if manifest["tokenizer"] not in (fingerprint, ""):  # a model imported without one takes any
         raise CheckpointError(
             f"run.folder={folder}: its checkpoint was trained with tokenizer {manifest['tokenizer'][:12]}, the data has "
             f"{fingerprint[:12]}: give the same data, or another run.folder"
@@ -192,6 +192,8 @@ def prepare_session(config: Config) -> Session:
     session.reporter = Reporter(folder, config.logging, name, as_dict(config), runtime.is_main, session.step)
     if runtime.is_main:
         save_config(config, folder / "config.yaml")
+        # The run's folder tells all that an export needs, when the data is elsewhere.
+        copy_file(data.tokenizer.path, folder / "tokenizer.model")
         write_json(folder / "provenance.json", origin)
         if warning:
             session.reporter.warn(warning)

@@ -18,22 +18,28 @@ import xxhash
 from torch import Tensor
 
 _ALIGNMENT = 8
+_PIECE = 1 << 24  # numbers that are converted at a time
+# safetensors' name and bytes of a number.
+DTYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}
 
 
 class ShardWriter:
-    """Writes one file of fp32 tensors in the order in which they were announced."""
+    """Writes one file of tensors of one dtype, in the order in which they were announced."""
 
-    def __init__(self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-        """Args: entries: name and shape of every tensor that will be written, in order."""
+    def __init__(
+        self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Args: entries: name and shape of every tensor that will be written, in order; dtype: one of `DTYPES`."""
+        word, width = DTYPES[dtype]
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in entries:
-            size = 4 * int(torch.Size(shape).numel())
-            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            size = width * int(torch.Size(shape).numel())
+            header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
-        self.path, self._expected = path, list(entries)
+        self.path, self._expected, self._dtype = path, list(entries), dtype
         self._digest = xxhash.xxh3_128()
         self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
         self._put(len(text).to_bytes(8, "little") + text)
@@ -43,7 +49,7 @@ class ShardWriter:
         self._digest.update(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor.
+        """Append the next tensor, rounded to the file's dtype piece by piece.
 
         Raises:
             ValueError: it is not the one announced.
@@ -51,8 +57,9 @@ class ShardWriter:
         expected, shape = self._expected.pop(0)
         if name != expected or tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{self.path.name}: expected {expected} {shape}, was given {name} {tuple(tensor.shape)}")
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        self._put(values.view(-1).view(torch.uint8).numpy().data)
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            values = piece.to("cpu", self._dtype).contiguous()
+            self._put(values.view(torch.uint8).numpy().data)
 
     def close(self) -> tuple[int, str]:
         """Finish the file durably; returns its size in bytes and its checksum.

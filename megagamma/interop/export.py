@@ -1,0 +1,301 @@
+"""A checkpoint of ours -> a folder that transformers loads, written matrix by matrix and published only when proven equal."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megagamma.config import Config
+from megagamma.config_io import from_dict
+from megagamma.config_rules import resolve
+from megagamma.data.prepare import embedded_settings
+from megagamma.data.tokenizer import Tokenizer
+from megagamma.errors import CheckpointError, ConfigurationError, MegagammaError
+from megagamma.files import advice, copy_file, require_writable, sync_folder, write_json, write_text
+from megagamma.interop.card import model_card
+from megagamma.interop.huggingface import (
+    Exported,
+    Format,
+    choose_format,
+    export_config,
+    export_tensor,
+    exported_tensors,
+)
+from megagamma.interop.native import Answer, Question, outputs_apart
+from megagamma.interop.parity import TOLERANCE, ParityError, compare, needed_bytes, sampled_layers
+from megagamma.interop.tokenizer import export_tokenizer, special_ids
+from megagamma.model.cost import parameter_counts
+from megagamma.training.reading import CheckpointReader, verify
+from megagamma.training.shards import DTYPES, ShardWriter
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the written weights."""
+    hf_class: str | None = None
+    """Key of a class in `huggingface.FORMATS`; None: the first that can hold the model."""
+    custom_code: bool = False
+    """Allow a class that Hugging Face does not have."""
+    tokenizer: str | None = None
+    """A SentencePiece file, or "none" to export without one; None: the run's."""
+    max_shard_bytes: int = 5_000_000_000
+    """A file of weights is closed before it would grow beyond this, unless one tensor alone does."""
+    parity: str = "auto"
+    """"full", "layers" (a sample of them, each alone), or "auto": full when it fits in memory."""
+    tolerance: float = TOLERANCE
+    device: str = "cpu"
+    """Device of the comparison."""
+    overwrite: bool = False
+    """Replace a folder that is there."""
+
+
+def read_checkpoint(folder: Path) -> tuple[CheckpointReader, Config]:
+    """A checkpoint whose weights are what was written, and its run's config.
+
+    Raises:
+        CheckpointError: it is missing, damaged or unfinished.
+    """
+    reader = CheckpointReader(folder)
+    weights = [entry for entry in reader.manifest["files"] if entry["kind"] == "weight"]
+    verify(folder, {**reader.manifest, "files": weights})
+    config = resolve(from_dict(reader.manifest["config"]))
+    if config.model.vocab_size is None:
+        raise CheckpointError(
+            f"{folder}: its config names no model.vocab_size: the checkpoint was not written by a run"
+        )
+    return reader, config
+
+
+def weights_identity(reader: CheckpointReader) -> str:
+    """A name for the weights of a checkpoint, equal for equal files. Hexadecimal."""
+    digests = sorted(entry["xxh3_128"] for entry in reader.manifest["files"] if entry["kind"] == "weight")
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint, when the checkpoint still lies in it."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if (folder / "config.yaml").exists() else None
+
+
+def find_tokenizer(checkpoint: Path, config: Config, fingerprint: str, given: str | None) -> Tokenizer | None:
+    """The tokenizer that the weights were trained with: in the run's folder, or beside its data.
+
+    Raises:
+        ConfigurationError: it is not there, or the one given is another.
+    """
+    if given == "none":
+        return None
+    if given is not None:
+        found = Tokenizer(given)
+        if found.fingerprint != fingerprint:
+            raise ConfigurationError(
+                f"--tokenizer {given}: its fingerprint {found.fingerprint[:12]} is not that of the checkpoint, "
+                f"{fingerprint[:12]}: give the one that the data was prepared with"
+            )
+        return found
+    run = run_folder(checkpoint)
+    folders = [run] if run else []
+    if config.data.corpus:
+        settings = embedded_settings(config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size)
+        folders.append(Path(settings.output))
+    folders += [Path(one) for one in config.data.paths]
+    for folder in folders:
+        file = folder / "tokenizer.model"
+        if file.exists() and (found := Tokenizer(file)).fingerprint == fingerprint:
+            return found
+    raise ConfigurationError(
+        f"{checkpoint}: the tokenizer {fingerprint[:12]} of the run was found in none of "
+        f"{', '.join(str(one) for one in folders) or 'its folders'}: give its .model file with --tokenizer, or "
+        "--tokenizer none to export without one"
+    )
+
+
+def plan_shards(tensors: list[Exported], limit: int, width: int) -> list[list[Exported]]:
+    """Cut a list of tensors into files of at most `limit` bytes, in order; a tensor that is larger has one alone."""
+    shards: list[list[Exported]] = [[]]
+    size = 0
+    for tensor in tensors:
+        count = width * int(torch.Size(tensor.shape).numel())
+        if shards[-1] and size + count > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += count
+    return shards
+
+
+def write_weights(
+    folder: Path, reader: CheckpointReader, config: Config, target: Format, options: ExportOptions, quiet: bool = False
+) -> int:
+    """Write the model's safetensors files, one tensor in memory at a time; returns their size in bytes."""
+    model, width = config.model, DTYPES[options.dtype][1]
+
+    def read(name: str, rows: int | None) -> Tensor:
+        if rows is None:
+            return reader.read("weight", name)
+        return reader.read("weight", name, (0, 0), (rows, model.hidden_size))
+
+    shards = plan_shards(exported_tensors(model, target), options.max_shard_bytes, width)
+    total = sum(width * int(torch.Size(tensor.shape).numel()) for shard in shards for tensor in shard)
+    places: dict[str, str] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=quiet) as progress:
+        for number, shard in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            writer = ShardWriter(folder / file, [(tensor.name, tensor.shape) for tensor in shard], options.dtype)
+            try:
+                for tensor in shard:
+                    writer.write(tensor.name, export_tensor(tensor, model, target, read))
+                    places[tensor.name] = file
+                    progress.update(width * int(torch.Size(tensor.shape).numel()))
+                writer.close()
+            except OSError as error:
+                writer.abandon()
+                raise MegagammaError(f"{folder}: cannot be written ({error.strerror}): {advice(error)}") from error
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return total
+
+
+def origin_of(reader: CheckpointReader, config: Config, target: Format, dtype: torch.dtype) -> dict[str, Any]:
+    """Where an exported model comes from; kept in its config.json, and told by its card."""
+    step = reader.manifest["step"]
+    return {
+        "name": config.run.name,
+        "step": step,
+        "tokens": reader.manifest["consumed_samples"] * config.data.sequence_length,
+        "gamma": config.init.gamma,
+        "init": asdict(config.init),
+        "seed": config.run.seed,
+        "parameters": parameter_counts(config.model).total,
+        "identity": f"{weights_identity(reader)}-{target.key}-{DTYPES[dtype][0]}",
+    }
+
+
+def exported_origin(folder: Path) -> dict[str, Any]:
+    """What `origin_of` gave, of an exported folder; empty for a folder of another maker.
+
+    Raises:
+        ConfigurationError: there is no config.json, or it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("megagamma", {})
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}): give a folder of a Hugging Face model") from error
+    return found
+
+
+def _layers_to_compare(config: Config, options: ExportOptions, say: Callable[[str], None]) -> list[int] | None:
+    """None for the whole model."""
+    if options.parity == "full":
+        return None
+    needed = needed_bytes(parameter_counts(config.model).total)
+    memory = psutil.virtual_memory().available
+    if options.device.startswith("cuda"):
+        memory = min(memory, torch.cuda.mem_get_info()[0])
+    if options.parity == "auto" and needed <= memory:
+        return None
+    layers = sampled_layers(config.model.num_layers)
+    if options.parity == "auto":
+        say(
+            f"a comparison of whole models needs {needed / 2**30:.1f} GiB and {memory / 2**30:.1f} are free: comparing "
+            f"layers {', '.join(map(str, layers))}, each alone"
+        )
+    return layers
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    options: ExportOptions,
+    *,
+    native: Callable[[Question], Answer] = outputs_apart,
+    say: Callable[[str], None] = print,
+    quiet: bool = False,
+) -> Path:
+    """Export a checkpoint to a Hugging Face folder and prove that it is the same model.
+
+    The folder appears under its name when it is complete and its parity holds; until then it is hidden.
+
+    Args:
+        checkpoint: folder of a checkpoint.
+        output: folder to write.
+        native: gives our model's answer.
+        quiet: no progress bar.
+
+    Raises:
+        MegagammaError: the checkpoint, the tokenizer or the disk is at fault; ParityError: the exported model differs.
+            Nothing is left then but what was there before.
+    """
+    reader, config = read_checkpoint(checkpoint)
+    target = choose_format(config.model, options.hf_class, options.custom_code)
+    origin = origin_of(reader, config, target, options.dtype)
+    if output.exists() and not options.overwrite:
+        if (output / "parity.json").exists() and exported_origin(output).get("identity") == origin["identity"]:
+            say(f"{output}: is this checkpoint already")
+            return output
+        raise ConfigurationError(f"{output} exists and is not this checkpoint: use --overwrite, or another --out")
+    tokenizer = find_tokenizer(checkpoint, config, reader.manifest["tokenizer"], options.tokenizer)
+    require_writable(output.parent, "--out")
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left behind by a conversion that was killed
+    partial.mkdir()
+    try:
+        write_weights(partial, reader, config, target, options, quiet)
+        special = special_ids(tokenizer)
+        write_json(partial / "config.json", export_config(config, target, options.dtype, special, origin))
+        write_json(partial / "generation_config.json", {**special, "do_sample": False})
+        if target.code:
+            copy_file(Path(__file__).with_name(target.code), partial / target.code)
+            say(
+                f"NOTE: no stock Hugging Face class holds this model; {target.code} goes with it, and whoever loads it must "
+                "trust it (trust_remote_code=True)"
+            )
+        proven = 0
+        if tokenizer is not None:
+            proven = export_tokenizer(tokenizer, partial, config.data.sequence_length, [])
+        layers = _layers_to_compare(config, options, say)
+        found = compare(
+            config, checkpoint, partial, target, options.dtype,
+            native=native, layers=layers, tolerance=options.tolerance, device=options.device,
+        )  # fmt: skip
+        say(found.line())
+        write_json(partial / "parity.json", found.as_json())
+        if not found.holds:
+            raise ParityError(
+                f"{checkpoint}: the exported model is not the model ({found.line()}): nothing was published"
+            )
+        write_text(partial / "README.md", model_card(config, origin, target, found, proven, run_folder(checkpoint)))
+        _publish(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output
+
+
+def _publish(partial: Path, output: Path) -> None:
+    sync_folder(partial)
+    old = output.parent / f".{output.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        output.rename(old)
+    partial.rename(output)
+    sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,174 @@
+"""A Hugging Face folder -> a run's folder with a checkpoint of ours, to continue pretraining or to analyse a public model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from megagamma.config import Config, DataConfig, RunConfig
+from megagamma.config_io import as_dict, save_config
+from megagamma.config_rules import resolve
+from megagamma.data.tokenizer import Tokenizer
+from megagamma.errors import ConfigurationError, DataError, MegagammaError
+from megagamma.files import advice, copy_file, require_writable, sync_folder, write_json
+from megagamma.interop.huggingface import Format, exported_tensors, import_config, import_tensor
+from megagamma.model.parameters import logical_parameters
+from megagamma.training.reading import FORMAT_VERSION, folder_name
+from megagamma.training.shards import ShardWriter
+
+_INDEX = "model.safetensors.index.json"
+
+
+class HuggingFaceWeights:
+    """Reads tensors of a Hugging Face folder by name, mapped from its safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: ConfigurationError: there are no safetensors files, or one is damaged."""
+        self.folder = folder
+        index = folder / _INDEX
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = ["model.safetensors"]
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = safe_open(folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ConfigurationError(
+                    f"{folder / file}: cannot be read ({error}): give a folder with safetensors weights"
+                ) from error
+            self._where |= dict.fromkeys(opened.keys(), opened)
+
+    def names(self) -> set[str]:
+        """Every tensor."""
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str, _rows: int | None = None) -> Tensor:
+        """A tensor in its own dtype."""
+        found: Tensor = self._where[name].get_tensor(name)
+        return found
+
+
+def _headwise(weights: HuggingFaceWeights, values: dict[str, Any]) -> bool:
+    """Whether the gates stored with the queries are one per head: head_dim equal rows each, in the first layer."""
+    heads = values["num_attention_heads"]
+    pair = weights.read("model.layers.0.self_attn.q_proj.weight")
+    pair = pair.view(heads, 2, -1, pair.shape[-1])[:, 1]
+    return pair.shape[1] > 1 and bool((pair == pair[:, :1]).all())
+
+
+def _check_tensors(weights: HuggingFaceWeights, config: Config, source: Format) -> None:
+    expected = {one.name: one.shape for one in exported_tensors(config.model, source)}
+    # A tied head may be written all the same.
+    extra = weights.names() - set(expected) - ({"lm_head.weight"} if config.model.tie_embeddings else set())
+    missing = set(expected) - weights.names()
+    if missing or extra:
+        raise ConfigurationError(
+            f"{weights.folder}: {len(missing)} tensors are missing and {len(extra)} are unknown "
+            f"({', '.join(sorted(missing | extra)[:3])}): its config.json and weights do not belong together"
+        )
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise ConfigurationError(
+                f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {shape}"
+            )
+
+
+def _tokenizer(folder: Path, given: str | None) -> Tokenizer | None:
+    if given is not None:
+        return Tokenizer(given)
+    for name in ("sentencepiece.model", "tokenizer.model"):
+        if (folder / name).exists():
+            try:
+                return Tokenizer(folder / name)
+            except DataError:
+                continue
+    return None
+
+
+def import_model(
+    folder: Path, output: Path, *, tokenizer: str | None = None, vocab_size_multiple: int = 128, quiet: bool = False
+) -> Path:
+    """Write a run's folder whose checkpoint of step 0 has the weights of a Hugging Face model, in fp32.
+
+    Adam starts anew. `pretrain.py --config OUTPUT/config.yaml --data.paths ...` goes on from it.
+
+    Args:
+        folder: a Hugging Face folder of one of `huggingface.FORMATS`' classes, with safetensors weights.
+        output: the run's folder; must not exist.
+        tokenizer: a SentencePiece file; None: the folder's.
+        vocab_size_multiple: the vocabulary is padded to a multiple, with rows of zeros.
+
+    Raises:
+        ConfigurationError: the folder is not such a model, or the output exists.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    if output.exists():
+        raise ConfigurationError(f"--out {output} exists already: choose another folder")
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read ({error}): give a folder of a Hugging Face model") from error
+    weights = HuggingFaceWeights(folder)
+    model, source, window = import_config(values, lambda: _headwise(weights, values))
+    model.vocab_size_multiple = vocab_size_multiple
+    config = resolve(
+        Config(
+            run=RunConfig(name=output.name, folder=str(output)), model=model, data=DataConfig(sequence_length=window)
+        )
+    )
+    _check_tensors(weights, config, source)
+    pieces = _tokenizer(folder, tokenizer)
+    require_writable(output.parent, "--out")
+    partial = output.parent / f".{output.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint = partial / "checkpoints" / folder_name(0)
+    checkpoint.mkdir(parents=True)
+    try:
+        logical = logical_parameters(model)
+        writer = ShardWriter(checkpoint / "weight-00000.safetensors", [(one.name, one.shape) for one in logical])
+        for one in tqdm(logical, unit="tensor", desc="weights", disable=quiet):
+            writer.write(one.name, import_tensor(one, model, source, weights.read))
+        size, digest = writer.close()
+        files = [
+            {
+                "file": writer.path.name, "kind": "weight", "bytes": size, "xxh3_128": digest,
+                "tensors": [one.name for one in logical],
+            }
+        ]  # fmt: skip
+        write_json(
+            checkpoint / "checkpoint.json",
+            {
+                "format": "megagamma checkpoint", "version": FORMAT_VERSION, "step": 0, "adam_step": 0,
+                "config": as_dict(config), "consumed_samples": 0, "seconds": 0.0,
+                "tokenizer": pieces.fingerprint if pieces else "", "progress": {}, "imported_from": folder.name,
+                "files": files,
+            },
+        )  # fmt: skip
+        save_config(config, partial / "config.yaml")
+        if pieces:
+            copy_file(pieces.path, partial / "tokenizer.model")
+        sync_folder(partial)
+        partial.rename(output)
+        sync_folder(output.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise MegagammaError(f"{output}: cannot be written ({error.strerror}): {advice(error)}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output / "checkpoints" / folder_name(0)
