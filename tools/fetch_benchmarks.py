@@ -17,11 +17,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import yaml
+
 from megagamma.cli import main_guard
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.files import advice, require_writable
-from megagamma.interop.mirror import VARIABLE, folder_of, holds
-from megagamma.interop.tasks import TaskRequest, dataset_names, plan
+from megagamma.interop.mirror import HEADER, VARIABLE, folder_of, header, holds, patterns_of
+from megagamma.interop.tasks import TaskRequest, dataset_configs, plan
 
 # Data, and the README whose header names the configs. Loading scripts are left out: `datasets` runs none any more.
 PATTERNS = [
@@ -39,11 +41,15 @@ PATTERNS = [
 ]
 
 
-def fetch(name: str, root: Path, revision: str | None = None) -> int:
-    """Copy a data set's repository into a mirror, whole or not at all.
+def fetch(name: str, configs: list[str | None], root: Path, revision: str | None = None) -> int:
+    """Copy what some configs need of a data set's repository into a mirror, whole or not at all.
+
+    A repository can be many times what a task reads. Where the README does not say which files a config has, all are
+    copied. Configs that the mirror has already are copied anew with the others.
 
     Args:
         name: `<org>/<name>` on the hub.
+        configs: names of configs; None is the set's default.
         root: of the mirror.
         revision: branch, tag or commit; None takes the newest.
 
@@ -60,7 +66,15 @@ def fetch(name: str, root: Path, revision: str | None = None) -> int:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        snapshot_download(name, repo_type="dataset", revision=revision, local_dir=str(partial), allow_patterns=PATTERNS)
+        options = {"repo_type": "dataset", "revision": revision, "local_dir": str(partial)}
+        snapshot_download(name, allow_patterns=["README.md"], **options)
+        known = header(partial / "README.md")
+        kept = [config for config in known if config in configs or (final.exists() and holds(root, name, config))]
+        whole = not known or any(config not in known for config in configs)
+        files = PATTERNS if whole else [pattern for config in kept for pattern in known[config]]
+        snapshot_download(name, allow_patterns=["README.md", *files], **options)
+        if not whole:
+            keep_configs(partial / "README.md", kept)
         # The hub's own notes about the download.
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
@@ -77,6 +91,17 @@ def fetch(name: str, root: Path, revision: str | None = None) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return size
+
+
+def keep_configs(readme: Path, kept: list[str]) -> None:
+    """Take the configs that were not copied out of a README's header: `datasets` reads none when the first is missing."""
+    text = readme.read_text(encoding="utf-8")
+    found = HEADER.match(text)
+    assert found is not None
+    values = yaml.safe_load(found[1])
+    values["configs"] = [one for one in values["configs"] if one.get("config_name", "default") in kept]
+    note = "\n<!-- A part of the data set: the header names only the configs that were copied. -->"
+    readme.write_text(f"---\n{yaml.safe_dump(values, sort_keys=False)}---{note}{text[found.end() :]}", encoding="utf-8")
 
 
 def revisions(pairs: list[str]) -> dict[str, str]:
@@ -111,17 +136,18 @@ def main(arguments: list[str] | None = None) -> int:
     root = Path(asked).expanduser().resolve()
     pinned = revisions(known.revision)
     found = plan(TaskRequest(known.tasks, known.include_path))
-    names = dataset_names(found)
+    wanted = dataset_configs(found)
+    names = list(wanted)
     stray = [name for name in pinned if name not in names]
     if stray:
         raise ConfigurationError(f"--revision {stray[0]}: no asked task reads it; they read {', '.join(names)}")
     unknown = [task.name for task in found.tasks if task.dataset is None]
     if unknown:
         print(f"note: only the Python code of {', '.join(unknown)} knows what data it reads", file=sys.stderr)
-    missing = [name for name in names if not holds(root, name)]
+    missing = [name for name in names if not all(holds(root, name, config) for config in wanted[name])]
     if known.list:
         for name in names:
-            tasks = [task for task, dataset in found.datasets if dataset == name]
+            tasks = [task for task, dataset, _ in found.datasets if dataset == name]
             more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
             print(f"{'missing' if name in missing else 'there':<8} {name:<32} {', '.join(tasks[:3])}{more}")
         return 1 if missing else 0
@@ -131,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"[{number}/{len(names)}] {name}: there already", flush=True)
             continue
         print(f"[{number}/{len(names)}] {name}", flush=True)
-        size = fetch(name, root, pinned.get(name))
+        size = fetch(name, wanted[name], root, pinned.get(name))
         print(f"  {size / 2**20:,.1f} MiB in {folder_of(root, name)}", flush=True)
     return 0
 

@@ -162,7 +162,7 @@ def evaluate(
         if found is not None:
             known[task.name] = found
     todo = [task for task in made.tasks if task.name not in known]
-    mirror.require(root, [(task.name, task.dataset) for task in todo])
+    mirror.require(root, [(task.name, task.dataset, task.dataset_config) for task in todo])
     if known:
         say(f"scored before: {', '.join(known)}")
     scores = Scores(identity)

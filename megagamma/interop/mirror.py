@@ -8,6 +8,7 @@ a network. A copy of the hub's cache alone is not enough for lm-eval's stock tas
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import inspect
 import os
 import re
@@ -16,9 +17,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import yaml
+
 from megagamma.errors import EvaluationError
 
 VARIABLE = "MEGAGAMMA_MIRROR"
+HEADER = re.compile(r"---[ \t]*\n(.*?)\n---", re.DOTALL)
 _NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
@@ -53,18 +57,63 @@ def folder_of(root: Path, name: str) -> Path:
     return root.joinpath(*name.split("/"))
 
 
-def holds(root: Path, name: str) -> bool:
-    """Whether a mirror has a data set: a folder with at least one file in it."""
+def header(readme: Path) -> dict[str, list[str]]:
+    """Configs that the header of a set's README names, and the patterns of their files; empty where it names none."""
+    if not readme.is_file():
+        return {}
+    text = HEADER.match(readme.read_text(encoding="utf-8", errors="replace"))
+    try:
+        values = yaml.safe_load(text[1]) if text else None
+    except yaml.YAMLError:
+        return {}
+    configs = values.get("configs") if isinstance(values, dict) else None
+    found: dict[str, list[str]] = {}
+    for one in configs if isinstance(configs, list) else []:
+        if isinstance(one, dict) and "data_files" in one:
+            base = str(one.get("data_dir") or "")
+            patterns = [f"{base}/{pattern}".lstrip("/") for pattern in _patterns(one["data_files"])]
+            found[str(one.get("config_name", "default"))] = patterns
+    return found
+
+
+def _patterns(files: Any) -> list[str]:
+    """Every pattern of a header's data_files: a string, a list of them, or of {split, path}."""
+    if isinstance(files, str):
+        return [files]
+    if isinstance(files, dict):
+        return (
+            _patterns(files["path"])
+            if "path" in files
+            else [one for value in files.values() for one in _patterns(value)]
+        )
+    return [pattern for one in files for pattern in _patterns(one)]
+
+
+def patterns_of(configs: dict[str, list[str]], config: str | None) -> list[str] | None:
+    """Patterns of the files that a config needs; None where no header tells; empty where it does not know the config."""
+    if not configs:
+        return None
+    if config is None:
+        return configs.get("default") or [pattern for patterns in configs.values() for pattern in patterns]
+    return configs.get(config, [])
+
+
+def holds(root: Path, name: str, config: str | None = None) -> bool:
+    """Whether a mirror has a data set, and of the config, where its README names the files, at least one."""
     folder = folder_of(root, name)
-    return folder.is_dir() and any(path.is_file() for path in folder.rglob("*"))
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    patterns = patterns_of(header(folder / "README.md"), config)
+    if patterns is None:
+        return any(file != "README.md" for file in files)
+    return any(fnmatch.fnmatch(file, pattern) for file in files for pattern in patterns)
 
 
-def require(root: Path | None, wanted: Iterable[tuple[str, str | None]]) -> None:
+def require(root: Path | None, wanted: Iterable[tuple[str, str | None, str | None]]) -> None:
     """Check, before any work is done, that the data of all tasks are in the mirror.
 
     Args:
         root: of the mirror; None checks nothing, since only the hub could answer.
-        wanted: pairs of a task and the data set that its config names.
+        wanted: a task, the data set that its YAML names, and the set's config.
 
     Raises:
         EvaluationError: naming every set that is missing, where it should be, and the command that gets it.
@@ -72,8 +121,8 @@ def require(root: Path | None, wanted: Iterable[tuple[str, str | None]]) -> None
     if root is None:
         return
     lacking: dict[str, list[str]] = {}
-    for task, name in wanted:
-        if name and is_hub_name(name) and not holds(root, name):
+    for task, name, config in wanted:
+        if name and is_hub_name(name) and not holds(root, name, config):
             lacking.setdefault(name, []).append(task)
     if lacking:
         raise EvaluationError(_missing(root, lacking))
@@ -94,19 +143,11 @@ def command(tasks: str, root: Path | str = "ROOT") -> str:
     return f"python tools/fetch_benchmarks.py --tasks {tasks} --mirror {root}"
 
 
-def _configs_in_header(readme: Path) -> bool:
-    """Whether a data set's README has a header that names its configs."""
-    if not readme.is_file():
-        return False
-    header = re.match(r"---\s*\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    return bool(header and re.search(r"^configs:", header[1], re.MULTILINE))
-
-
 def _local_arguments(folder: Path, name: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `load_dataset` for a set's folder in the mirror."""
     # What only makes sense for the hub.
     options = {key: value for key, value in options.items() if key not in ("revision", "token")}
-    if name and name != "default" and not _configs_in_header(folder / "README.md") and (folder / name).is_dir():
+    if name and name != "default" and not header(folder / "README.md") and (folder / name).is_dir():
         # Without a header a config is known by its folder.
         return {"path": str(folder), "data_dir": name, **options}
     return {"path": str(folder), "name": name, **options}
@@ -138,7 +179,7 @@ def reading(root: Path | None, task: str = "X") -> Iterator[None]:
             return original(path, name, **options)
         if root is None:
             return _from_hub(original, task, path, name, options)
-        if not holds(root, path):
+        if not holds(root, path, name):
             raise EvaluationError(_missing(root, {path: [task]}))
         folder = folder_of(root, path)
         try:

@@ -145,9 +145,9 @@ class Plan:
     """Tasks of every asked name: itself, or what a group or tag stands for."""
 
     @property
-    def datasets(self) -> list[tuple[str, str | None]]:
-        """Pairs of task and data set."""
-        return [(task.name, task.dataset) for task in self.tasks]
+    def datasets(self) -> list[tuple[str, str | None, str | None]]:
+        """Task, data set and the set's config."""
+        return [(task.name, task.dataset, task.dataset_config) for task in self.tasks]
 
 
 @functools.cache
@@ -389,6 +389,10 @@ def check(names: list[str], include_path: str | Path | None, root: str | Path | 
     return found
 
 
-def dataset_names(plan: Plan) -> list[str]:
-    """The hub's data sets that a plan's tasks read, each once."""
-    return list(dict.fromkeys(name for _, name in plan.datasets if name and mirror.is_hub_name(name)))
+def dataset_configs(plan: Plan) -> dict[str, list[str | None]]:
+    """The hub's data sets that a plan's tasks read, and their configs."""
+    found: dict[str, dict[str | None, None]] = {}
+    for _, name, config in plan.datasets:
+        if name and mirror.is_hub_name(name):
+            found.setdefault(name, {})[config] = None
+    return {name: list(configs) for name, configs in found.items()}
