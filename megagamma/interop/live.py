@@ -158,7 +158,9 @@ class LiveModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """requests: (texts, context ids, continuation ids); too long ones lose the start of the context."""
         rows, labels, counts = [], [], []
-        for _texts, context, continuation in requests:
+        for texts, context, continuation in requests:
+            if not continuation:
+                raise EvaluationError(f"the answer {texts!r} adds no token to its prompt: the tokenizer merges them")
             if len(continuation) > self.max_length:
                 raise EvaluationError(
                     f"an answer of {len(continuation)} tokens is longer than the model's window of {self.max_length}"
