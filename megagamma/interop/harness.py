@@ -98,8 +98,10 @@ def load_model(folder: str | Path, options: HuggingFaceOptions, batch_size: int 
             prefix_token_id=options.prefix_token_id,
             trust_remote_code=options.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise EvaluationError(f"model={folder}: cannot be loaded ({_reason(error)}): convert it again") from error
+    except Exception as error:
+        raise EvaluationError(
+            f"model={folder}: cannot be loaded ({_reason(error)}): convert it again, or see whether it fits in memory"
+        ) from error
 
 
 def evaluate(

@@ -164,7 +164,7 @@ def _stock_names() -> dict[str, str]:
     A look at the lines that name them takes a second; lm-eval's own index of its 14,000 files takes 10 to 20.
     """
     root = _stock_folder()
-    pattern = re.compile(rb"^(?:task|group):[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
+    pattern = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
     found: dict[str, str] = {}
     for path in sorted(root.glob("**/*.yaml"), key=lambda path: path.as_posix()):
         for name in pattern.findall(path.read_bytes()):

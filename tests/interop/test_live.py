@@ -18,10 +18,16 @@ PAIRS = [
     ("", "Which of these is empty before?"),
     ("A prompt with a space at its end: ", "pens"),
     ("One token", "!"),
-    ("A prompt that is far too long for the window of the model, so that its start is cut away. " * 3, " Answer: water"),
+    (
+        "A prompt that is far too long for the window of the model, so that its start is cut away. " * 3,
+        " Answer: water",
+    ),
     ("Größe, naïve — 漢字", " ok 漢"),
 ]
-ROLLING = ["Which of these is the thing?", "How many pens does a text need that fills several windows of the model? " * 4]
+ROLLING = [
+    "Which of these is the thing?",
+    "How many pens does a text need that fills several windows of the model? " * 4,
+]
 PROMPTS = [
     ("Question: How many", {"until": ["\n\n"], "max_gen_toks": 9}),
     ("Which", {"until": ["e"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.0}),
@@ -135,7 +141,6 @@ def test_mistakes_are_seen(one_rank: RankPool, expected: Any) -> None:
 
 def greedy_row(arguments: list[str]) -> list[tuple[float, bool]]:
     """The model's own greedy continuation, scored, and the same with its last token changed."""
-    from lm_eval.api.instance import Instance
     from support.benchmarks import AsOurs, byte_tokenizer
 
     from megagamma.interop.live import LiveModel, lead

@@ -51,7 +51,10 @@ def arc(count: int, seed: int) -> list[dict[str, Any]]:
 def gsm8k(count: int, seed: int) -> list[dict[str, str]]:
     """Problems as gsm8k has them."""
     return [
-        {"question": f"Tom has {n} pens and buys {seed} more. How many?", "answer": f"{n}+{seed}={n + seed}\n#### {n + seed}"}
+        {
+            "question": f"Tom has {n} pens and buys {seed} more. How many?",
+            "answer": f"{n}+{seed}={n + seed}\n#### {n + seed}",
+        }
         for n in range(count)
     ]
 
