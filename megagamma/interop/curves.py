@@ -82,6 +82,7 @@ def rows(items: Iterable[Scored]) -> list[dict[str, Any]]:
                         "fewshot": record["fewshot"],
                         "n": record["n"],
                         "subsampled": record["subsampled"],
+                        "prompts_sha256": record.get("prompts_sha256"),
                     }
                 )
     if not found:
@@ -106,10 +107,15 @@ def _comparable(found: list[dict[str, Any]]) -> list[str]:
     """A note for every column whose rows were not scored alike."""
     notes = []
     for task, metric in _columns(found):
-        kinds = {(row["fewshot"], row["n"]) for row in found if (row["task"], row["metric"]) == (task, metric)}
+        here = [row for row in found if (row["task"], row["metric"]) == (task, metric)]
+        kinds = {(row["fewshot"], row["n"]) for row in here}
         if len(kinds) > 1:
             said = ", ".join(f"{fewshot}-shot on {n} documents" for fewshot, n in sorted(kinds, key=str))
             notes.append(f"note: {task} {metric} was not scored alike everywhere: {said}")
+        elif len({row["prompts_sha256"] for row in here}) > 1:
+            notes.append(
+                f"note: {task} {metric} was scored on other prompts here and there: other data, examples or seed"
+            )
     return notes
 
 

@@ -108,12 +108,13 @@ def holds(root: Path, name: str, config: str | None = None) -> bool:
     return any(fnmatch.fnmatch(file, pattern) for file in files for pattern in patterns)
 
 
-def require(root: Path | None, wanted: Iterable[tuple[str, str | None, str | None]]) -> None:
+def require(root: Path | None, wanted: Iterable[tuple[str, str | None, str | None]], asked: Iterable[str] = ()) -> None:
     """Check, before any work is done, that the data of all tasks are in the mirror.
 
     Args:
         root: of the mirror; None checks nothing, since only the hub could answer.
         wanted: a task, the data set that its YAML names, and the set's config.
+        asked: names for the command that gets them, where they are shorter than the tasks'.
 
     Raises:
         EvaluationError: naming every set that is missing, where it should be, and the command that gets it.
@@ -125,16 +126,15 @@ def require(root: Path | None, wanted: Iterable[tuple[str, str | None, str | Non
         if name and is_hub_name(name) and not holds(root, name, config):
             lacking.setdefault(name, []).append(task)
     if lacking:
-        raise EvaluationError(_missing(root, lacking))
+        raise EvaluationError(_missing(root, lacking, asked))
 
 
-def _missing(root: Path, lacking: dict[str, list[str]]) -> str:
+def _missing(root: Path, lacking: dict[str, list[str]], asked: Iterable[str] = ()) -> str:
     parts = []
     for name, tasks in lacking.items():
         more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
         parts.append(f"{name} (for {', '.join(tasks[:3])}{more}) is not in {folder_of(root, name)}")
-    # One task of each set is enough to fetch it.
-    names = " ".join(tasks[0] for tasks in lacking.values())
+    names = " ".join(asked or (task for tasks in lacking.values() for task in tasks))
     return f"mirror={root}: {'; '.join(parts)}: on a machine with a network run {command(names, root)}"
 
 

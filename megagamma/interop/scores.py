@@ -210,3 +210,10 @@ def as_table(records: Iterable[dict[str, Any]], failures: dict[str, str] | None 
         lines.append("* only a part of the set was scored")
     lines += [f"not scored: {task}: {reason}" for task, reason in (failures or {}).items()]
     return "\n".join(lines)
+
+
+def reason(error: BaseException, length: int = 300) -> str:
+    """An error in one line; of foreign ones the class too."""
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, EvaluationError) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= length else text[:length] + "..."

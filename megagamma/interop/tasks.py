@@ -385,7 +385,7 @@ def check(names: list[str], include_path: str | Path | None, root: str | Path | 
     """
     request = TaskRequest(names, Path(include_path) if include_path else None)
     found = plan(request)
-    mirror.require(mirror.find_mirror(root), found.datasets)
+    mirror.require(mirror.find_mirror(root), found.datasets, request.expanded)
     return found
 
 

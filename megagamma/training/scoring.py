@@ -46,7 +46,7 @@ def score_live(engine: Engine, tokenizer: Any, config: Config, step: int, report
                     identity=f"step {step}",
                     limit=asked.harness_limit or None,
                     seed=config.run.seed,
-                    root=asked.harness_mirror or None,
+                    mirror=asked.harness_mirror or None,
                     say=logging.getLogger(__name__).info,
                 )
         except Exception as error:  # noqa: BLE001

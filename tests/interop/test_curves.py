@@ -79,6 +79,8 @@ def test_what_does_not_compare_is_said() -> None:
     assert "note: arc_easy acc_norm was not scored alike everywhere: 0-shot on 100 documents, 5-shot on 50" in text
     assert "only a part" in text and "arc_easy acc_norm *" in text
     assert "note" not in curves.table(ITEMS) and "only a part" not in curves.table(ITEMS)
+    moved = checkpoint("moved", 0.7, 100, 0.5, prompts_sha256="other")
+    assert "arc_easy acc_norm was scored on other prompts" in curves.table([*ITEMS, moved])
     lacking = Scored("none@1", "none", 1, None, None, Scores("w", [record("gsm8k", [metric("exact_match", 0.5)])]))
     row = next(line for line in curves.table([*ITEMS, lacking]).splitlines() if "none@1" in line)
     assert cells(row) == ["none@1", "-", "1", "-", "-", "-", "0.5000 +- 0.0100", "-", "-"]

@@ -60,7 +60,7 @@ def own(tmp_path: Path) -> Path:
 
 def run(places: tuple[Path, Path], names: list[str], said: list[str] | None = None, **more: Any) -> Scores:
     request = TaskRequest(names, more.pop("include_path", None))
-    options = {"identity": "weights-1", "root": places[0], "options": HuggingFaceOptions(device="cpu"), **more}
+    options = {"identity": "weights-1", "mirror": places[0], "options": HuggingFaceOptions(device="cpu"), **more}
     lines = said if said is not None else []
     return evaluate(
         more.pop("model", places[1]) if "model" in more else places[1], request, say=lines.append, **options
@@ -244,7 +244,7 @@ def test_a_kill_between_tasks_keeps_the_first(places: tuple[Path, Path], tmp_pat
     request = TaskRequest(["arc_easy", "arc_challenge"])
     options = HuggingFaceOptions(device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(places[1], request, identity="w", root=places[0], output=tmp_path, limit=2, options=options, say=say)
+        evaluate(places[1], request, identity="w", mirror=places[0], output=tmp_path, limit=2, options=options, say=say)
     assert [one["task"] for one in strict(tmp_path / "scores.json")["records"]] == ["arc_easy"]
 
 

@@ -61,6 +61,8 @@ def test_missing_sets_are_named_with_path_and_command(root: Path) -> None:
     text = str(caught.value)
     assert str(root / "Rowan" / "hellaswag") in text
     assert f"tools/fetch_benchmarks.py --tasks hellaswag odd --mirror {root}" in text
+    with pytest.raises(EvaluationError, match=r"--tasks knowledge --mirror"):
+        mirror.require(root, wanted, ["knowledge"])
     assert "arc_easy" not in text and "own" not in text
     with mirror.reading(root, "hellaswag"), pytest.raises(EvaluationError, match=r"Rowan/hellaswag \(for hellaswag\)"):
         datasets.load_dataset("Rowan/hellaswag")
