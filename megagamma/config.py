@@ -291,6 +291,17 @@ class ValidationConfig:
     """Validate after the last step."""
     full_at_end: bool = False
     """After the last step, also use all of every set, recorded as val/<set>_full."""
+    harness_tasks: list[str] = field(default_factory=list)
+    """Benchmarks of lm-eval to score the model on as it trains: presets (reasoning, knowledge, quick), tasks, groups or
+    tags, with `name:5` for five examples in the prompt. Recorded as harness/<task>/<metric>. What fails only warns."""
+    harness_interval: int = 0
+    """Steps between scorings. 0: only after the last step. They are slow: a forward pass per choice or generated token."""
+    harness_limit: int = 0
+    """Documents of each task to score; 0 uses all."""
+    harness_mirror: str = ""
+    """Folder filled by tools/fetch_benchmarks.py, for machines without a network. Default: MEGAGAMMA_MIRROR, or the hub."""
+    harness_include_path: str = ""
+    """Folder of lm-eval task YAMLs of your own."""
 
 
 @dataclass

@@ -120,6 +120,8 @@ def _positive(config: Config) -> None:
         ("checkpoint.keep_last", config.checkpoint.keep_last, 0, True),
         ("validation.interval", config.validation.interval, 0, True),
         ("validation.windows", config.validation.windows, 0, True),
+        ("validation.harness_interval", config.validation.harness_interval, 0, True),
+        ("validation.harness_limit", config.validation.harness_limit, 0, True),
         ("guard.spike_sigma", config.guard.spike_sigma, 0, False),
         ("guard.spike_window", config.guard.spike_window, 2, True),
         ("guard.max_skips", config.guard.max_skips, 0, True),
@@ -337,6 +339,19 @@ def _data_rules(config: Config) -> None:
             )
 
 
+def _harness_rules(config: Config) -> None:
+    """Folders only: lm-eval takes seconds to import, so the names are checked when the run is prepared."""
+    asked = config.validation
+    if not asked.harness_tasks:
+        return
+    for name, path, hint in (
+        ("harness_mirror", asked.harness_mirror, "give the folder that tools/fetch_benchmarks.py filled"),
+        ("harness_include_path", asked.harness_include_path, "give a folder of lm-eval task YAMLs"),
+    ):
+        if path and not os.path.isdir(path):
+            raise ConfigurationError(f"validation.{name}={path}: there is no such folder: {hint}")
+
+
 def validate(config: Config, world_size: int = 1) -> None:
     """Check every rule between knobs.
 
@@ -355,6 +370,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _model_rules(config)
     _init_rules(config)
     _data_rules(config)
+    _harness_rules(config)
     _layout_rules(config, world_size)
     if config.parallel.memory_gib is not None:
         # Imports torch, which this module leaves to those who need it.

@@ -37,3 +37,7 @@ class TrainingError(MegagammaError):
     """A run that cannot go on, such as a loss that is not a number under the policy `stop`."""
 
     exit_code = 3
+
+
+class EvaluationError(MegagammaError):
+    """Scores that cannot be had: an unknown task, data that is missing, a score file or model that makes no sense."""

@@ -29,6 +29,7 @@ from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import OptimizerState
 from megagamma.distributed.straggler import ForwardClock
+from megagamma.distributed.token_scores import token_scores
 from megagamma.model.gpt import document_mask
 from megagamma.model.parameters import ParameterMap
 
@@ -360,6 +361,14 @@ class Engine:
         value = torch.tensor([best], device=self.runtime.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.runtime.model_group)
         return int(value)
+
+    def token_scores(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        """Log-probability of every label, and the most likely token, at every position: see `token_scores.py`."""
+        self.deepspeed.eval()
+        try:
+            return token_scores(self, batches)
+        finally:
+            self.deepspeed.train()
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and of Megatron's groups, so that this process can lay out another model.

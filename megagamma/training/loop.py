@@ -21,6 +21,7 @@ from megagamma.training.metrics import duration, validation_line
 from megagamma.training.reading import steps_saved
 from megagamma.training.sampling import continue_text
 from megagamma.training.schedule import batch_size, learning_rate
+from megagamma.training.scoring import score_live
 from megagamma.training.setup import Session
 
 # Exit code of a run that a signal stopped after it saved: start it again to go on (EX_TEMPFAIL of sysexits.h).
@@ -115,6 +116,7 @@ class Trainer:
             values |= self._validate(config.validation.windows)
             if last and config.validation.full_at_end:
                 values |= self._validate(0, "_full")
+        values |= self._score(last)
         if config.guard.replica_interval and step % config.guard.replica_interval == 0:
             check_replicas(self.engine)
         every = config.logging
@@ -207,6 +209,14 @@ class Trainer:
             values[f"val/{name}/loss"], values[f"val/{name}/bits_per_byte"] = loss, bits
             self.reporter.say(validation_line(self.session.step, name, loss, bits, int(tokens)))
         return values
+
+    def _score(self, last: bool) -> dict[str, float]:
+        """Benchmark scores, when they are due."""
+        asked, session = self.config.validation, self.session
+        due = last or (asked.harness_interval and session.step % asked.harness_interval == 0)
+        if not asked.harness_tasks or not due:
+            return {}
+        return score_live(self.engine, session.data.tokenizer, self.config, session.step, self.reporter)
 
     def _sample(self) -> None:
         logging = self.config.logging

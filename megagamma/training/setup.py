@@ -37,6 +37,7 @@ from megagamma.training.metrics import Reporter
 from megagamma.training.optimizer import describe_groups, parameter_groups
 from megagamma.training.provenance import provenance
 from megagamma.training.schedule import total_steps
+from megagamma.training.scoring import check_harness
 
 
 def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str | None]:
@@ -158,6 +159,7 @@ def prepare_session(config: Config) -> Session:
     """
     runtime = Runtime(config)
     runtime.on_main(lambda: _check_folder(config))
+    runtime.on_main(lambda: check_harness(config))
     folder = Path(config.run.folder)
     data = runtime.together(lambda: open_data(config))
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
