@@ -223,6 +223,14 @@ def score(jobs: list[Job], known: argparse.Namespace, origins: list[dict[str, An
     return 1 if failed else 0
 
 
+def _quiet_transformers() -> None:
+    """Errors only: this program tells itself what it does."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, score."""
     known = build_parser().parse_args(arguments)
@@ -242,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
     import torch
 
+    _quiet_transformers()
     if known.threads:
         torch.set_num_threads(known.threads)
     device = known.device

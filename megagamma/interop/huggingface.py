@@ -166,7 +166,7 @@ def import_tensor(logical: LogicalParameter, model: ModelConfig, source: Format,
     if logical.role in ("query", "gate") and source.gate_in_query:
         assert model.head_dim is not None
         both = read(logical.name.replace("gate_proj", "q_proj"), None).float()
-        pair = both.view(model.num_attention_heads, 2, model.head_dim, -1)[:, logical.role == "gate"]
+        pair = both.view(model.num_attention_heads, 2, model.head_dim, -1)[:, int(logical.role == "gate")]
         # A gate per head is exported as head_dim equal rows.
         per_head = logical.role == "gate" and model.attention_gate == "headwise"
         return (pair[:, 0] if per_head else pair).reshape(logical.shape)

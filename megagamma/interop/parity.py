@@ -173,11 +173,15 @@ def compare(
         theirs = _theirs(question, model)
         del model
         gc.collect()
+        if ours.logits.shape != theirs.logits.shape:
+            raise ParityError(
+                f"{folder}: gives logits of shape {tuple(theirs.logits.shape)}, the model {tuple(ours.logits.shape)}"
+            )
         difference = float((ours.logits - theirs.logits).abs().max())
         if not math.isfinite(difference):
             difference = math.inf  # max() would drop what is not a number
         absolute = max(absolute, difference)
-        relative = max(relative, difference / float(ours.logits.abs().max()))
+        relative = max(relative, difference / max(float(ours.logits.abs().max()), 1e-30))
         tokens += question.tokens.numel()
         equal &= ours.greedy == theirs.greedy
         greedy += len(ours.greedy)
