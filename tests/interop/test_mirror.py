@@ -29,6 +29,21 @@ def test_configs_of_a_header_and_of_folders(root: Path) -> None:
     assert easy["test"][0]["question"].startswith("Which of these")
 
 
+def test_no_stale_rows(tmp_path: Path) -> None:
+    # `datasets` caches by the folder's last name.
+    def question(root: Path) -> str:
+        with mirror.reading(root):
+            return str(datasets.load_dataset("openai/gsm8k", "main")["test"][0]["question"])
+
+    first, second = (make_mirror(tmp_path / name) for name in ("first", "second"))
+    before = question(first)
+    for root, text in ((second, "In another mirror?"), (first, "After a change?")):
+        (root / "openai" / "gsm8k" / "main" / "test.jsonl").write_text(
+            json.dumps({"question": text, "answer": "#### 1"})
+        )
+        assert question(root) == text != before
+
+
 def test_wherever_the_program_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root.parent)
     found = mirror.find_mirror(root.name)
