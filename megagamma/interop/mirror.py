@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import inspect
 import os
 import re
@@ -143,10 +144,23 @@ def command(tasks: str, root: Path | str = "ROOT") -> str:
     return f"python tools/fetch_benchmarks.py --tasks {tasks} --mirror {root}"
 
 
+def _fingerprint(folder: Path) -> str:
+    """Changes with the folder's place and with its files' names, sizes and times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
 def _local_arguments(folder: Path, name: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `load_dataset` for a set's folder in the mirror."""
+    import datasets
+
     # What only makes sense for the hub.
     options = {key: value for key, value in options.items() if key not in ("revision", "token")}
+    # `datasets` knows a folder by its last name and configs only, and would give the cached rows of another mirror, or of
+    # files that have changed since.
+    cache = options.get("cache_dir") or datasets.config.HF_DATASETS_CACHE
+    options["cache_dir"] = str(Path(cache) / "mirror" / _fingerprint(folder))
     if name and name != "default" and not header(folder / "README.md") and (folder / name).is_dir():
         # Without a header a config is known by its folder.
         return {"path": str(folder), "data_dir": name, **options}

@@ -18,6 +18,7 @@ from typing import Any
 
 from megagamma.errors import EvaluationError
 from megagamma.interop import mirror
+from megagamma.interop.scores import reason
 
 # Where a few-shot count comes from. The counts of the paper (arXiv 2606.17945) are not known to us.
 YAML = "the task's own YAML in lm-eval"
@@ -329,7 +330,10 @@ def plan(request: TaskRequest) -> Plan:
         return [one.name]
 
     for name in request.expanded:
-        found = manager.load([name])
+        try:
+            found = manager.load([name])
+        except Exception as error:
+            raise EvaluationError(f"tasks: {name}: its config cannot be used ({reason(error)}): mend it") from error
         top = [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
         pinned = request.fewshot.get(name)
         members[name] = [task for item in top for task in add(item, request.fewshot, pinned)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from support.benchmarks import arc, byte_tokenizer, gsm8k, make_mirror, make_model
+from support.benchmarks import arc, byte_tokenizer, gsm8k, make_mirror, make_model, make_others
 
 from megagamma.errors import EvaluationError
 from megagamma.interop.harness import HuggingFaceOptions, evaluate
@@ -153,6 +153,22 @@ def test_numbers_are_those_of_lm_eval(places: tuple[Path, Path]) -> None:
     assert metrics(run(places, ["arc_challenge"]), "arc_challenge")["answer_nats_per_byte"]["value"] != pytest.approx(
         ours["answer_nats_per_byte"]["value"]
     )
+
+
+def test_every_kind_of_task_of_the_presets(tmp_path: Path) -> None:
+    model, mirror = make_model(tmp_path / "model", window=96), make_others(tmp_path / "mirror")
+    wanted = {
+        "social_iqa": {"acc"}, "mmlu_anatomy": {"acc"}, "hellaswag": {"acc", "acc_norm"},
+        "bbh_cot_fewshot_boolean_expressions": {"exact_match@get-answer"},
+        "minerva_math_algebra": {"exact_match", "math_verify"}, "triviaqa": {"exact_match@remove_whitespace"},
+    }  # fmt: skip
+    scores = run((mirror, model), list(wanted), limit=2)
+    assert scores.failures == {}
+    for name, plain in wanted.items():
+        found = metrics(scores, name)
+        choices = {"choice_prob", "choice_prob_norm"} if "acc" in plain else set()
+        assert set(found) == plain | choices | {"answer_nats_per_byte"}, name
+        assert 0 < found["answer_nats_per_byte"]["value"] < 50
 
 
 def strict(path: Path) -> Any:

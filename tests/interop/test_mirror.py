@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from support.benchmarks import make_mirror
+from support.benchmarks import arc, make_mirror
 
 from megagamma.errors import EvaluationError
 from megagamma.interop import mirror
@@ -27,6 +27,23 @@ def test_configs_of_a_header_and_of_folders(root: Path) -> None:
     assert datasets.load_dataset is original
     assert (easy["test"].num_rows, hard.num_rows, math["train"].num_rows) == (12, 9, 6)
     assert easy["test"][0]["question"].startswith("Which of these")
+
+
+def test_no_stale_rows(tmp_path: Path) -> None:
+    # `datasets` caches a set whose header names its configs by the folder's last name.
+    import pyarrow
+    import pyarrow.parquet
+
+    def rows(root: Path) -> int:
+        with mirror.reading(root):
+            return int(datasets.load_dataset("allenai/ai2_arc", "ARC-Easy")["test"].num_rows)
+
+    first, second = (make_mirror(tmp_path / name) for name in ("first", "second"))
+    assert rows(first) == 12
+    for root, count in ((second, 5), (first, 7)):
+        file = root / "allenai" / "ai2_arc" / "ARC-Easy" / "test-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(arc(count, 2)), file)
+        assert rows(root) == count
 
 
 def test_wherever_the_program_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

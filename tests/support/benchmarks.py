@@ -28,7 +28,7 @@ configs:
 ---
 # ARC
 """
-WORDS = ["water", "iron", "the sun", "plants", "a river", "cold air", "two magnets", "sand"]
+WORDS = ["water", "iron", "the sun", "plants", "a river", "cold air", "two magnets", "grüner Sand"]
 
 
 def arc(count: int, seed: int) -> list[dict[str, Any]]:
@@ -75,6 +75,39 @@ def make_mirror(root: Path) -> Path:
     folder.mkdir(parents=True)
     for seed, split in enumerate(("train", "test"), 1):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in gsm8k(6, seed)))
+    return root
+
+
+def make_others(root: Path) -> Path:
+    """A question of each other set that the presets read, in the fields that the stock tasks expect."""
+    siqa = {"context": "Tom fell.", "question": "How is Tom?", "answerA": "hurt", "answerB": "glad", "answerC": "rich"}
+    swag = {
+        "ind": 4, "activity_label": "Cooking", "ctx_a": "A man stirs.", "ctx_b": "he", "ctx": "A man stirs. he",
+        "endings": ["eats.", "flies [step] away.", "sings.", "melts."], "source_id": "x", "split": "val",
+        "split_type": "indomain",
+    }  # fmt: skip
+    math = {"problem": "What is $2+2$?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{4}$."}
+    mmlu = {"question": "Which is a bone?", "subject": "anatomy", "choices": ["rib", "tin", "sea", "sky"], "answer": 0}
+    trivia = {
+        "question": "Which river runs through Cairo?",
+        "answer": {"aliases": ["Nile", "the Nile"], "value": "Nile"},
+    }
+    sets = {
+        "SaylorTwift/bbh/boolean_expressions": (["test"], {"input": "not ( True ) is", "target": "False"}),
+        "EleutherAI/hendrycks_math/algebra": (["train", "test"], math),
+        "cais/mmlu/anatomy": (["test", "validation", "dev"], mmlu),
+        "Rowan/hellaswag": (["train", "validation"], {**swag, "label": "1"}),
+        "lighteval/siqa": (["train", "validation"], {**siqa, "label": "2"}),
+        "mandarjoshi/trivia_qa/rc.nocontext": (["train", "validation"], trivia),
+    }
+    for name, (splits, row) in sets.items():
+        (root / name).mkdir(parents=True)
+        for split in splits:
+            (root / name / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    # Without a header `datasets` takes dev for another name of validation.
+    files = "".join(f"\n  - split: {split}\n    path: anatomy/{split}.jsonl" for split in ("test", "validation", "dev"))
+    header = f"---\nconfigs:\n- config_name: anatomy\n  data_files:{files}\n---\n"
+    (root / "cais" / "mmlu" / "README.md").write_text(header)
     return root
 
 
