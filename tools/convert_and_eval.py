@@ -207,7 +207,11 @@ def score(jobs: list[Job], known: argparse.Namespace, origins: list[dict[str, An
             batch_size=known.batch_size if known.batch_size == "auto" else int(known.batch_size),
             mirror=known.mirror,
             options=HuggingFaceOptions(
-                device=known.device, parallelize=known.parallelize, trust_remote_code=known.custom_code
+                device=known.device,
+                parallelize=known.parallelize,
+                # In our training the end of a text, and no beginning, stands before the next one.
+                prefix_token_id=origin.get("eos_token_id"),
+                trust_remote_code=known.custom_code,
             ),
             again=known.rescore,
         )
@@ -217,7 +221,7 @@ def score(jobs: list[Job], known: argparse.Namespace, origins: list[dict[str, An
         items.append(
             Scored(f"{run} {job.folder.name}", run, origin.get("step", 0), origin.get("tokens"), origin.get("gamma"), scores)
         )  # fmt: skip
-    if int(os.environ.get("RANK", "0")) == 0 and len(items) > 1:
+    if int(os.environ.get("RANK", "0")) == 0 and len(items) > 1 and any(item.scores.records for item in items):
         folder = known.eval_out or jobs[0].scores.parent
         print(f"\n{write(items, folder)}\n\n{folder}: scores.csv, scores.md, scores.png")
     return 1 if failed else 0

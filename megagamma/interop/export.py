@@ -189,17 +189,18 @@ def origin_of(reader: CheckpointReader, config: Config, target: Format, dtype: t
 
 
 def exported_origin(folder: Path) -> dict[str, Any]:
-    """What `origin_of` gave, of an exported folder; empty for a folder of another maker.
+    """What `origin_of` gave, of an exported folder, with its eos_token_id; empty for a folder of another maker.
 
     Raises:
         ConfigurationError: there is no config.json, or it cannot be read.
     """
     path = folder / "config.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("megagamma", {})
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read ({error}): give a folder of a Hugging Face model") from error
-    return found
+    origin: dict[str, Any] = values.get("megagamma", {})
+    return origin | {"eos_token_id": values.get("eos_token_id")} if origin else {}
 
 
 def _layers_to_compare(config: Config, options: ExportOptions, say: Callable[[str], None]) -> list[int] | None:
@@ -253,6 +254,11 @@ def export(
             return output
         raise ConfigurationError(f"{output} exists and is not this checkpoint: use --overwrite, or another --out")
     tokenizer = find_tokenizer(checkpoint, config, reader.manifest["tokenizer"], options.tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > (config.model.vocab_size or 0):
+        raise ConfigurationError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}: "
+            "give the tokenizer that the model was trained with, or --tokenizer none"
+        )
     require_writable(output.parent, "--out")
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a conversion that was killed
@@ -260,8 +266,11 @@ def export(
     try:
         write_weights(partial, reader, config, target, options, quiet)
         special = special_ids(tokenizer)
-        write_json(partial / "config.json", export_config(config, target, options.dtype, special, origin))
-        write_json(partial / "generation_config.json", {**special, "do_sample": False})
+        values = export_config(config, target, options.dtype, special, origin)
+        write_json(partial / "config.json", values)
+        write_json(
+            partial / "generation_config.json", {**special, "do_sample": False, "use_cache": values["use_cache"]}
+        )
         if target.code:
             copy_file(Path(__file__).with_name(target.code), partial / target.code)
             say(

@@ -226,6 +226,8 @@ def export_config(
         values |= {"layer_types": full, "attn_output_gate": True}
     if target.key == "qwen3_next":
         values |= {"num_experts": 0, "num_experts_per_tok": 0, "mlp_only_layers": [], "decoder_sparse_step": 1}
+        # The cache of transformers 4.57 cannot be without a layer of linear attention.
+        values["use_cache"] = False
     if target.key == "qwen3":
         values |= {"layer_types": full, "use_sliding_window": False, "sliding_window": None}
     if target.key == "llama":

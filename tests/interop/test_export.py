@@ -89,7 +89,7 @@ def test_parity(
     assert found["greedy_equal"] and found["greedy_tokens"] == 16
     assert found["tokens"] == 2 * 48
     config = json.loads((folder / "config.json").read_text())
-    assert config["vocab_size"] == 500, "the true one"
+    assert config["vocab_size"] == 520, "the true one"
     assert config["tie_word_embeddings"] is tied
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
     assert any("must trust it" in line for line in said) is ("alone" in variant)
@@ -140,17 +140,17 @@ def test_padded_rows_are_seen(tmp_path: Path, native: Native, saved: Saved, monk
 
     def padded(model: object, target: object) -> list[Exported]:
         found = tensors(model, target)  # type: ignore[arg-type]
-        return [dataclasses.replace(one, shape=(512, *one.shape[1:])) if one.shape[0] == 500 else one for one in found]
+        return [dataclasses.replace(one, shape=(640, *one.shape[1:])) if one.shape[0] == 520 else one for one in found]
 
     monkeypatch.setattr(exporting, "exported_tensors", padded)
-    monkeypatch.setattr(exporting, "export_config", lambda *given: config(*given) | {"vocab_size": 512})
+    monkeypatch.setattr(exporting, "export_config", lambda *given: config(*given) | {"vocab_size": 640})
     monkeypatch.setattr(exporting, "export_tensor", lambda tensor, model, target, read: read(tensor.logical.name, None))
-    assert "512" in str(_expect_refusal(saved("plain"), tmp_path / "hf", native))
+    assert "640" in str(_expect_refusal(saved("plain"), tmp_path / "hf", native))
 
 
 def test_numbers_that_are_none_are_seen(tmp_path: Path, saved: Saved) -> None:
     def broken(question: Question) -> Answer:
-        return Answer(torch.full((2, 48, 500), float("nan")), [0] * 16)
+        return Answer(torch.full((2, 48, 520), float("nan")), [0] * 16)
 
     _expect_refusal(saved("plain"), tmp_path / "hf", broken)
 
@@ -278,7 +278,7 @@ def test_what_is_there_is_kept(tmp_path: Path, native: Native, saved: Saved) -> 
     with pytest.raises(ParityError):
         export(
             saved("plain", tied=True), output, ExportOptions(overwrite=True), quiet=True, say=lambda _: None,
-            native=lambda question: Answer(torch.zeros(2, 48, 500), [0] * 16),
+            native=lambda question: Answer(torch.zeros(2, 48, 520), [0] * 16),
         )  # fmt: skip
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     export(saved("plain", tied=True), output, ExportOptions(overwrite=True), native=native, quiet=True)

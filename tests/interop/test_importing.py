@@ -47,8 +47,8 @@ def test_there_and_back(
     for name, tensor in ours.tensors():
         found = theirs.read("weight", name)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            assert not found[500:].any(), "rows that pad the vocabulary come back as zeros"
-            found, tensor = found[:500], tensor[:500]
+            assert not found[520:].any(), "rows that pad the vocabulary come back as zeros"
+            found, tensor = found[:520], tensor[:520]
         assert torch.equal(found, tensor), name
     again = export(back, tmp_path / "again", options, native=ask(one_rank), quiet=True, say=lambda _: None)
     before, after = load_file(first / "model.safetensors"), load_file(again / "model.safetensors")

@@ -9,7 +9,7 @@ from typing import Any
 SHAPE = [
     *("--model.hidden_size", "64", "--model.num_attention_heads", "4", "--model.num_query_groups", "2"),
     *("--model.head_dim", "24", "--model.num_layers", "4", "--model.ffn_hidden_size", "160"),
-    *("--model.vocab_size", "500", "--data.sequence_length", "48", "--init.gamma", "0.5"),
+    *("--model.vocab_size", "520", "--data.sequence_length", "48", "--init.gamma", "0.5"),
 ]
 VARIANTS = {
     "plain": ["--model.attention_gate", "none", "--model.qk_norm", "false"],
