@@ -1,9 +1,11 @@
 """Speed as ratios: ours and a reference, taken in turns in one process on one machine.
 
-    python tools/benchmark.py [init] [train] [checkpoint] [--json FILE]
+    python tools/benchmark.py [init] [train] [checkpoint] [convert] [--json FILE]
 
 train: steps of `configs/model/17m.yaml` (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same
 shape under torch's AdamW, same batches, same threads. init: the counter-based streams against `torch.normal_`.
+checkpoint: saving and loading against plain files. convert: writing Hugging Face weights against copying the checkpoint's
+(`convert --config configs/model/1b.yaml` for another size).
 """
 
 from __future__ import annotations
@@ -205,10 +207,69 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
     }
 
 
+def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
+    """Rate of writing a random model's Hugging Face weights, over the rate of copying the checkpoint's file of weights."""
+    import os
+    import tempfile
+    from pathlib import Path
+
+    import torch
+
+    from megagamma.config_io import parse_config
+    from megagamma.initialization.streams import normal_
+    from megagamma.interop.export import ExportOptions, read_checkpoint, write_weights
+    from megagamma.interop.huggingface import choose_format
+    from megagamma.interop.importing import write_run
+    from megagamma.model.cost import parameter_counts
+    from megagamma.model.parameters import LogicalParameter, logical_parameters
+
+    common = ["--data.corpus", "tiny", "--model.vocab_size", "32000", "--config", "configs/model/30m.yaml"]
+    config = parse_config([*common, *arguments])
+
+    def draw(logical: LogicalParameter) -> torch.Tensor:
+        out = torch.ones(logical.shape)
+        return (
+            out
+            if logical.role == "norm"
+            else normal_(out, seed=1, name=logical.name, global_shape=logical.shape, std=0.02)
+        )
+
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name)
+        drawn = ((one, draw(one)) for one in logical_parameters(config.model))
+        checkpoint = write_run(folder / "run", config, drawn, quiet=True)
+        reader, config = read_checkpoint(checkpoint)
+        target = choose_format(config.model)
+        weights = checkpoint / "weight-00000.safetensors"
+        found: dict[str, Any] = {"parameters": parameter_counts(config.model).total}
+
+        def copy() -> None:
+            with open(weights, "rb") as source, open(folder / "copy", "wb") as file:
+                while block := source.read(1 << 24):
+                    file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+
+        for dtype in (torch.float32, torch.bfloat16):
+            options = ExportOptions(dtype=dtype)
+
+            def write(options: ExportOptions = options) -> None:
+                write_weights(folder, reader, config, target, options, quiet=True)
+
+            ours, plain = in_turns(write, copy, repeats)
+            kind = str(dtype).removeprefix("torch.")
+            # Rates by the bytes that are written; bf16 writes half of what it reads.
+            size = (folder / "model.safetensors").stat().st_size if (folder / "model.safetensors").exists() else 0
+            found[f"{kind}_seconds"] = ours
+            found[f"{kind}_time_of_copying_over_ours"] = plain / ours
+            found[f"{kind}_megabytes"] = size / 1e6
+    return found
+
+
 def main() -> int:
     """Run the asked benchmarks and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["init", "train", "checkpoint"]
+    names = ["init", "train", "checkpoint", "convert"]
     parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--repeats", type=int, default=12, help="measured calls of each side (default 12)")
     parser.add_argument("--json", help="write the numbers to this file too")
@@ -221,6 +282,8 @@ def main() -> int:
             results[which] = benchmark_init(known.repeats)
         elif which == "train":
             results[which] = benchmark_train(known.repeats, rest)
+        elif which == "convert":
+            results[which] = benchmark_convert(max(3, known.repeats // 3), rest)
         else:
             results[which] = benchmark_checkpoint(max(3, known.repeats // 3), rest)
         print(which, json.dumps(results[which]), flush=True)

@@ -2,13 +2,16 @@
 
     make demo
 
-Everything but init.gamma is equal. Ends with a table, a plot of the loss curves and a text sample of each,
-whatever the result is. Further arguments go to both runs, such as `--run.steps 600`. A demo that was stopped goes on
-when it is started again.
+Everything but init.gamma is equal. Prints a table, a plot of the loss curves and a text sample of each, whatever the
+result is; then converts the arm with the lower validation loss to a Hugging Face folder, proves that it is the same
+model, and scores it by lm-eval on a task made of the held-out text. Further arguments go to both runs, such as
+`--run.steps 600`. A demo that was stopped goes on when it is started again.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import subprocess
 import sys
 import time
@@ -39,13 +42,34 @@ def train(gamma: float, arguments: list[str]) -> Path:
     return ROOT / folder
 
 
+def convert_and_score(run: Path) -> None:
+    """Convert a run's last checkpoint and score it on continuations of held-out text, as a user would."""
+    # Imported late: it brings in torch.
+    from megagamma.config_io import load_config
+    from megagamma.data.sources import prepared_folders
+    from megagamma.interop.continuation import NAME, write_continuation
+
+    (prepared, *_) = prepared_folders(load_config(run / "config.yaml"))
+    tasks = write_continuation(ROOT / prepared, ROOT / "runs" / "demo" / "tasks")
+    command = [
+        *(sys.executable, "tools/convert_and_eval.py", str(run.relative_to(ROOT)), "--overwrite"),
+        *("--tasks", NAME, "--include_path", str(tasks.relative_to(ROOT))),
+    ]
+    print(f"\n== {' '.join(command[1:])}", flush=True)
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise MegagammaError(f"the conversion of {run.name} ended with exit code {code}; see its messages above")
+
+
 def main() -> int:
-    """Train both arms and compare them."""
+    """Train both arms, compare them, convert and score the better one."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return 0
     begin = time.perf_counter()
-    runs = [read_run(train(gamma, sys.argv[1:])) for gamma in GAMMAS]
+    os.chdir(ROOT)
+    folders = [train(gamma, sys.argv[1:]) for gamma in GAMMAS]
+    runs = [read_run(folder) for folder in folders]
     rows = comparison(runs)
     output = ROOT / "runs" / "demo"
     text = as_table(rows)
@@ -57,8 +81,13 @@ def main() -> int:
         if run.samples:
             last = run.samples[-1]
             print(f"gamma {run.gamma:g} writes: {last['prompt']}{last['text']}\n")
+    held_out = [run.last(f"val/{run.validation_names[0]}/loss") if run.validation_names else None for run in runs]
+    losses = [run.last("loss") if loss is None else loss for run, loss in zip(runs, held_out, strict=True)]
+    better = min(range(len(runs)), key=lambda index: losses[index] or math.inf)
+    print(f"The better arm is gamma {runs[better].gamma:g}.")
+    convert_and_score(folders[better])
     print(
-        "A run this short need not show the published effect: earlier work of the paper's group saw small "
+        "\nA run this short need not show the published effect: earlier work of the paper's group saw small "
         "initialization fall behind at first and win later (docs/claims.md).\n"
         f"Curves: {(output / 'loss.png').relative_to(ROOT)}. Whole demo: {duration(time.perf_counter() - begin)}."
     )

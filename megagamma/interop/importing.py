@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError, MegagammaError
 from megagamma.files import advice, copy_file, require_writable, sync_folder, write_json
 from megagamma.interop.huggingface import Format, exported_tensors, import_config, import_tensor
-from megagamma.model.parameters import logical_parameters
+from megagamma.model.parameters import LogicalParameter, logical_parameters
 from megagamma.training.reading import FORMAT_VERSION, folder_name
 from megagamma.training.shards import ShardWriter
 
@@ -134,34 +135,60 @@ def import_model(
     _check_tensors(weights, config, source)
     pieces = _tokenizer(folder, tokenizer)
     require_writable(output.parent, "--out")
+    tensors = ((one, import_tensor(one, model, source, weights.read)) for one in logical_parameters(model))
+    return write_run(output, config, tensors, pieces, {"imported_from": folder.name}, quiet)
+
+
+def write_run(
+    output: Path,
+    config: Config,
+    tensors: Iterable[tuple[LogicalParameter, Tensor]],
+    tokenizer: Tokenizer | None = None,
+    extra: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write a run's folder whose checkpoint of step 0 holds weights and no moments; whole, or not at all.
+
+    Args:
+        config: resolved, vocabulary known.
+        tensors: every logical parameter in the order of `logical_parameters`, one in memory at a time.
+        extra: more for checkpoint.json.
+
+    Raises:
+        MegagammaError: it cannot be written.
+
+    Returns:
+        The checkpoint's folder.
+    """
     partial = output.parent / f".{output.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint = partial / "checkpoints" / folder_name(0)
     checkpoint.mkdir(parents=True)
+    logical = logical_parameters(config.model)
     try:
-        logical = logical_parameters(model)
         writer = ShardWriter(checkpoint / "weight-00000.safetensors", [(one.name, one.shape) for one in logical])
-        for one in tqdm(logical, unit="tensor", desc="weights", disable=quiet):
-            writer.write(one.name, import_tensor(one, model, source, weights.read))
+        for one, values in tqdm(tensors, total=len(logical), unit="tensor", desc="weights", disable=quiet):
+            writer.write(one.name, values)
         size, digest = writer.close()
-        files = [
-            {
-                "file": writer.path.name, "kind": "weight", "bytes": size, "xxh3_128": digest,
-                "tensors": [one.name for one in logical],
-            }
-        ]  # fmt: skip
-        write_json(
-            checkpoint / "checkpoint.json",
-            {
-                "format": "megagamma checkpoint", "version": FORMAT_VERSION, "step": 0, "adam_step": 0,
-                "config": as_dict(config), "consumed_samples": 0, "seconds": 0.0,
-                "tokenizer": pieces.fingerprint if pieces else "", "progress": {}, "imported_from": folder.name,
-                "files": files,
-            },
-        )  # fmt: skip
+        names = [one.name for one in logical]
+        entry = {"file": writer.path.name, "kind": "weight", "bytes": size, "xxh3_128": digest, "tensors": names}
+        manifest = {
+            "format": "megagamma checkpoint",
+            "version": FORMAT_VERSION,
+            "step": 0,
+            "adam_step": 0,
+            "config": as_dict(config),
+            "consumed_samples": 0,
+            "seconds": 0.0,
+            "tokenizer": tokenizer.fingerprint if tokenizer else "",
+            "progress": {},
+            **(extra or {}),
+            "files": [entry],
+        }
+        write_json(checkpoint / "checkpoint.json", manifest)
         save_config(config, partial / "config.yaml")
-        if pieces:
-            copy_file(pieces.path, partial / "tokenizer.model")
+        if tokenizer:
+            copy_file(tokenizer.path, partial / "tokenizer.model")
         sync_folder(partial)
         partial.rename(output)
         sync_folder(output.parent)

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 _ALIGNMENT = 8
-_PIECE = 1 << 24  # numbers that are converted at a time
+_PIECE = 1 << 20  # numbers that are converted at a time
 # safetensors' name and bytes of a number.
 DTYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}
 
