@@ -163,6 +163,7 @@ def write_weights(
                 for tensor in shard:
                     writer.write(tensor.name, export_tensor(tensor, model, target, read))
                     places[tensor.name] = file
+                    reader.close_files()
                     progress.update(width * int(torch.Size(tensor.shape).numel()))
                 writer.close()
             except OSError as error:

@@ -37,27 +37,29 @@ class HuggingFaceWeights:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = ["model.safetensors"]
-        self._where: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for file in files:
             try:
-                opened = safe_open(folder / file, framework="pt")
+                with safe_open(folder / file, framework="pt") as opened:
+                    self._files |= dict.fromkeys(opened.keys(), folder / file)
             except (SafetensorError, OSError) as error:
                 raise ConfigurationError(
                     f"{folder / file}: cannot be read ({error}): give a folder with safetensors weights"
                 ) from error
-            self._where |= dict.fromkeys(opened.keys(), opened)
 
     def names(self) -> set[str]:
         """Every tensor."""
-        return set(self._where)
+        return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        with safe_open(self._files[name], framework="pt") as opened:
+            return tuple(opened.get_slice(name).get_shape())
 
     def read(self, name: str, _rows: int | None = None) -> Tensor:
-        """A tensor in its own dtype."""
-        found: Tensor = self._where[name].get_tensor(name)
+        """A tensor in its own dtype. Its file is mapped for as long as the tensor lives, and no longer."""
+        with safe_open(self._files[name], framework="pt") as opened:
+            found: Tensor = opened.get_tensor(name)
         return found
 
 

@@ -143,6 +143,10 @@ class CheckpointReader:
         rectangle: Tensor = found[tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))]
         return rectangle
 
+    def close_files(self) -> None:
+        """Unmap the files; they are opened again when needed. What was read of them no longer counts as memory here."""
+        self._open.clear()
+
     def tensors(self, kind: str = "weight") -> Iterator[tuple[str, Tensor]]:
         """Every logical tensor of a kind, one at a time."""
         for found, name in self._where:
