@@ -12,7 +12,7 @@ from support.ranks import RankPool
 
 from megagamma.training.equality import Layout, Trace, all_layouts, compare, trace
 
-STEPS = 8
+STEPS = 20
 LAYOUTS = [
     Layout(4, 1, 1, 1),
     Layout(4, 1, 1, 1, sequence=True),
@@ -36,7 +36,8 @@ def four_ranks() -> Iterator[RankPool]:
 
 
 def arguments(cache: str, *more: str) -> list[str]:
-    return ["--config", "configs/smoke.yaml", "--data.cache", cache, *more]
+    # At the config's own rate the tied model is unstable, and amplifies rounding; see tools/equality_matrix.py.
+    return ["--config", "configs/smoke.yaml", "--optimizer.lr", "0.0003", "--data.cache", cache, *more]
 
 
 @pytest.fixture(scope="module")
