@@ -71,6 +71,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        MegagammaError: it is missing, cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MegagammaError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise MegagammaError(f"{path}: cannot be read: must be a JSON object, not {type(found).__name__}")
+    return found
+
+
 def advice(error: OSError) -> str:
     """What a user can do about a file that cannot be written."""
     import errno

@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,19 @@ class Job:
 
     checkpoint: Path | None
     """None for a Hugging Face folder."""
+    run: str
+    """What it is called in tables: the folder of its run."""
     folder: Path
     """Of the Hugging Face model."""
     scores: Path
+    summary: Path
+    """Folder of the tables over all models."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="runs, checkpoints or Hugging Face folders")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="runs, checkpoints or Hugging Face folders")
     parser.add_argument("--steps", default="last", help="checkpoints of a run: last (default), all, or 100,200,300")
     parser.add_argument("--out", type=Path, help="folder of the converted model (default RUN/hf/STEP); for one model")
     parser.add_argument("--eval_out", type=Path, help="folder of the scores and tables (default RUN/eval)")
@@ -63,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument(
         "--custom_code", action="store_true",
-        help="write a model file of our own for a gate without q/k-norm, which no stock class has",
+        help="write, and when scoring run, a model file of our own: for a gate without q/k-norm, which no stock class has",
     )  # fmt: skip
     convert.add_argument("--tokenizer", help='SentencePiece file, or "none" (default: the run\'s)')
     convert.add_argument("--max_shard_size", default="5GB", help="of a file of weights (default 5GB)")
@@ -72,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare whole models, or a sample of layers (default: whole when memory allows)",
     )  # fmt: skip
     convert.add_argument("--parity_tolerance", type=float, help="largest difference of a logit (default 1e-4)")
-    convert.add_argument("--overwrite", action="store_true", help="replace a folder that holds another model")
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace another exported model that is in the folder"
+    )
     score = parser.add_argument_group("scoring")
     score.add_argument(
         "--tasks", nargs="+", default=["quick"], metavar="TASK",
@@ -124,42 +130,80 @@ def _wanted_steps(run: Path, wanted: str) -> list[int]:
     return steps
 
 
+def _job_of_folder(path: Path, run: str, known: argparse.Namespace) -> Job:
+    """A Hugging Face folder."""
+    from megagamma.interop.export import folder_identity
+
+    for flag, given in (("--convert_only", known.convert_only), ("--out", known.out)):
+        if given:
+            raise ConfigurationError(f"{path}: is a Hugging Face folder already: leave out {flag}")
+    scores = known.eval_out / f"{path.name}-{folder_identity(path)[:8]}" if known.eval_out else path / "eval"
+    return Job(None, run, path, scores, known.eval_out or Path.cwd() / "eval")
+
+
+def _job_of_checkpoint(checkpoint: Path, run: str, known: argparse.Namespace) -> Job:
+    home = _home(checkpoint)
+    folder = (known.out or home / "hf" / checkpoint.name).resolve()
+    if known.eval_only:
+        _check_converted(folder, checkpoint)
+    summary = known.eval_out or home / "eval"
+    return Job(checkpoint, run, folder, (summary / run if known.eval_out else summary) / checkpoint.name, summary)
+
+
+def _home(path: Path) -> Path:
+    """The run's folder of a checkpoint or of a Hugging Face folder, or the folder itself."""
+    return path.parent.parent if path.parent.name in ("checkpoints", "hf") else path
+
+
+def _check_converted(folder: Path, checkpoint: Path) -> None:
+    """Refuse to score, in a checkpoint's name, what is not its conversion."""
+    from megagamma.interop.export import exported_origin, weights_identity
+    from megagamma.training.reading import CheckpointReader
+
+    if not (folder / "config.json").exists():
+        raise ConfigurationError(f"{folder}: is not there: convert it first, without --eval_only")
+    if exported_origin(folder).get("weights") != weights_identity(CheckpointReader(checkpoint)):
+        raise ConfigurationError(
+            f"{folder}: is not the conversion of {checkpoint}: convert it again, without --eval_only"
+        )
+
+
 def find_jobs(known: argparse.Namespace) -> list[Job]:
     """What each PATH stands for.
 
     Raises:
         ConfigurationError, CheckpointError: a path that is nothing of the kind.
     """
-    jobs: list[Job] = []
-    for path in known.paths:
-        path = path.resolve()
+    found: list[tuple[Path, bool]] = []  # and whether it is a checkpoint
+    for given in known.paths:
+        path = given.resolve()
         if not path.is_dir():
             raise ConfigurationError(
                 f"{path}: there is no such folder: give a run, a checkpoint or a Hugging Face folder"
             )
         if (path / "checkpoint.json").exists():
-            checkpoints = [path]
+            if known.steps != "last":
+                raise ConfigurationError(f"--steps {known.steps}: {path} is one checkpoint: give the run's folder")
+            found.append((path, True))
         elif (path / "checkpoints").is_dir():
-            checkpoints = [path / "checkpoints" / folder_name(step) for step in _wanted_steps(path, known.steps)]
+            found += [(path / "checkpoints" / folder_name(step), True) for step in _wanted_steps(path, known.steps)]
         elif (path / "config.json").exists():
-            if known.convert_only:
-                raise ConfigurationError(f"{path}: is a Hugging Face folder already: leave out --convert_only")
-            jobs.append(Job(None, path, known.eval_out or path / "eval"))
-            continue
+            found.append((path, False))
         else:
             raise ConfigurationError(
                 f"{path}: holds no checkpoints/, no checkpoint.json and no config.json: give a run, a finished checkpoint "
                 "or a Hugging Face folder"
             )
-        for checkpoint in checkpoints:
-            run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-            folder = (known.out or run / "hf" / checkpoint.name).resolve()
-            if known.eval_only and not (folder / "config.json").exists():
-                raise ConfigurationError(f"{folder}: is not there: convert it first, without --eval_only")
-            scores = (known.eval_out / run.name if known.eval_out else run / "eval") / checkpoint.name
-            jobs.append(Job(checkpoint, folder, scores))
-    if known.out and len(jobs) > 1:
-        raise ConfigurationError(f"--out {known.out}: {len(jobs)} models cannot go to one folder: leave it out")
+    if known.out and len(found) > 1:
+        raise ConfigurationError(f"--out {known.out}: {len(found)} models cannot go to one folder: leave it out")
+    homes = {_home(path) for path, _ in found}
+    jobs = []
+    for path, is_checkpoint in found:
+        home = _home(path)
+        # Runs of one name in several places are told apart by the folder that they lie in.
+        shared = sum(other.name == home.name for other in homes) > 1
+        run = f"{home.parent.name}/{home.name}" if shared else home.name
+        jobs.append((_job_of_checkpoint if is_checkpoint else _job_of_folder)(path, run, known))
     return jobs
 
 
@@ -186,44 +230,77 @@ def convert(job: Job, known: argparse.Namespace, device: str) -> None:
     print(f"  -> {export(job.checkpoint, job.folder, options)}", flush=True)
 
 
-def score(jobs: list[Job], known: argparse.Namespace, origins: list[dict[str, Any]]) -> int:
+def options_of(known: argparse.Namespace, eos: int | None = None) -> Any:
+    """How a folder is run by lm-eval."""
+    from megagamma.interop.hf_model import HuggingFaceOptions, checked_device
+
+    options = HuggingFaceOptions(
+        device=known.device,
+        parallelize=known.parallelize,
+        # In our training the end of a text, and no beginning, stands before the next one.
+        prefix_token_id=eos,
+        trust_remote_code=known.custom_code,
+    )
+    # On a CPU bf16 is slow, and no nearer to the truth.
+    return replace(options, dtype="float32" if checked_device(options) == "cpu" else "auto")
+
+
+def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
+    """Everything about scoring that can be wrong, before an hour of conversion.
+
+    Raises:
+        MegagammaError: what must be mended.
+    """
+    from megagamma.files import read_json, require_writable
+    from megagamma.interop.harness import checked_limit
+
+    checked_limit(known.limit)
+    options_of(known)
+    if known.tokenizer == "none":
+        raise ConfigurationError("--tokenizer none: a model without a tokenizer cannot be scored: add --convert_only")
+    for job in jobs:
+        if job.checkpoint is None or known.eval_only:
+            if not any(job.folder.glob("*token*")):
+                raise ConfigurationError(f"{job.folder}: has no tokenizer, and cannot be scored without one")
+            if "auto_map" in read_json(job.folder / "config.json") and not known.custom_code:
+                raise ConfigurationError(f"{job.folder}: brings a model file of its own: --custom_code runs it")
+        require_writable(job.scores, "--eval_out")
+
+
+def score(jobs: list[Job], known: argparse.Namespace) -> int:
     """Score converted models; prints and writes tables. Returns the exit code."""
-    from megagamma.interop.curves import Scored, write
+    from megagamma.interop.curves import Scored, table, write
+    from megagamma.interop.export import exported_origin, folder_identity
     from megagamma.interop.harness import evaluate
-    from megagamma.interop.hf_model import HuggingFaceOptions
     from megagamma.interop.tasks import TaskRequest
 
     request = TaskRequest(known.tasks, known.include_path)
     items, failed = [], 0
-    for job, origin in zip(jobs, origins, strict=True):
+    for job in jobs:
         print(f"\nscoring {job.folder}", flush=True)
+        origin = exported_origin(job.folder)
         scores = evaluate(
             str(job.folder),
             request,
-            identity=origin.get("identity", job.folder.name),
+            identity=folder_identity(job.folder),
             output=job.scores,
             limit=known.limit,
             seed=known.seed,
             batch_size=known.batch_size if known.batch_size == "auto" else int(known.batch_size),
             mirror=known.mirror,
-            options=HuggingFaceOptions(
-                device=known.device,
-                parallelize=known.parallelize,
-                # In our training the end of a text, and no beginning, stands before the next one.
-                prefix_token_id=origin.get("eos_token_id"),
-                trust_remote_code=known.custom_code,
-            ),
+            options=options_of(known, origin.get("eos_token_id")),
             again=known.rescore,
         )
         print(scores.table(), flush=True)
         failed += len(scores.failures)
-        run = origin.get("name", job.folder.name)
-        items.append(
-            Scored(f"{run} {job.folder.name}", run, origin.get("step", 0), origin.get("tokens"), origin.get("gamma"), scores)
-        )  # fmt: skip
+        step, tokens, gamma = (origin.get(key) for key in ("step", "tokens", "gamma"))
+        items.append(Scored(f"{job.run} {job.folder.name}", job.run, step or 0, tokens, gamma, scores))
     if int(os.environ.get("RANK", "0")) == 0 and len(items) > 1 and any(item.scores.records for item in items):
-        folder = known.eval_out or jobs[0].scores.parent
-        print(f"\n{write(items, folder)}\n\n{folder}: scores.csv, scores.md, scores.png")
+        print(f"\n{write(items, jobs[0].summary)}")
+        runs = {item.run for item in items}
+        if 1 < len(runs) < len(items):
+            print(f"\nLast checkpoint of each run:\n{table(items, last_only=True)}")
+        print(f"\n{jobs[0].summary}: scores.csv, scores.md, scores.png")
     return 1 if failed else 0
 
 
@@ -237,40 +314,51 @@ def _quiet_transformers() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, score."""
-    known = build_parser().parse_args(arguments)
+    parser = build_parser()
+    known = parser.parse_args(arguments)
+    if not known.paths and not known.list_tasks:
+        parser.error("give at least one PATH")
     if known.batch_size != "auto" and not (known.batch_size.isdigit() and int(known.batch_size) > 0):
         raise ConfigurationError(f"--batch_size {known.batch_size}: must be a whole number above 0, or auto")
     if known.parity_tolerance is not None and not known.parity_tolerance > 0:
         raise ConfigurationError(f"--parity_tolerance {known.parity_tolerance}: must be above 0")
     shard_bytes(known.max_shard_size)
-    jobs = find_jobs(known)
-    if not known.convert_only:
-        # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
+    if known.threads < 0:
+        raise ConfigurationError(f"--threads {known.threads}: must be 0 or more")
+    if known.list_tasks:
         from megagamma.interop.tasks import check, describe
 
-        plan = check(known.tasks, known.include_path, known.mirror)
-        if known.list_tasks:
-            print("\n".join(describe(plan)))
-            return 0
+        print("\n".join(describe(check(known.tasks, known.include_path, known.mirror))))
+        return 0
+    jobs = find_jobs(known)
+    if not known.eval_only and int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(job.checkpoint for job in jobs):
+        raise ConfigurationError(
+            "several processes cannot convert one model: convert first with one, then use --eval_only"
+        )
+    device = _device(known)
+    if not known.convert_only:
+        # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
+        from megagamma.interop.tasks import check
+
+        check(known.tasks, known.include_path, known.mirror)
+        check_scoring(jobs, known)
     import torch
 
     _quiet_transformers()
     if known.threads:
         torch.set_num_threads(known.threads)
-    device = known.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigurationError(f"--device {known.device}, but torch sees no GPU here: use cpu or auto")
     if not known.eval_only:
         for job in jobs:
             if job.checkpoint is not None:
                 convert(job, known, device)
-    if known.convert_only:
-        return 0
-    from megagamma.interop.export import exported_origin
+    return 0 if known.convert_only else score(jobs, known)
 
-    return score(jobs, known, [exported_origin(job.folder) for job in jobs])
+
+def _device(known: argparse.Namespace) -> str:
+    """`--device` as torch knows it."""
+    from megagamma.interop.hf_model import HuggingFaceOptions, checked_device
+
+    return checked_device(HuggingFaceOptions(device=known.device))
 
 
 if __name__ == "__main__":

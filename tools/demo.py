@@ -61,6 +61,11 @@ def convert_and_score(run: Path) -> None:
         raise MegagammaError(f"the conversion of {run.name} ended with exit code {code}; see its messages above")
 
 
+def _finite(loss: float | None) -> float:
+    """A loss to compare by; one that is missing or no number is worse than any."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
 def main() -> int:
     """Train both arms, compare them, convert and score the better one."""
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -83,7 +88,7 @@ def main() -> int:
             print(f"gamma {run.gamma:g} writes: {last['prompt']}{last['text']}\n")
     held_out = [run.last(f"val/{run.validation_names[0]}/loss") if run.validation_names else None for run in runs]
     losses = [run.last("loss") if loss is None else loss for run, loss in zip(runs, held_out, strict=True)]
-    better = min(range(len(runs)), key=lambda index: losses[index] or math.inf)
+    better = min(range(len(runs)), key=lambda index: _finite(losses[index]))
     print(f"The better arm is gamma {runs[better].gamma:g}.")
     convert_and_score(folders[better])
     print(

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from megagamma.config import ROLES, Config
+from megagamma.errors import MegagammaError
+from megagamma.files import read_json
 from megagamma.interop.huggingface import Format
 from megagamma.interop.parity import Parity
 
 
+def _known(run: Path | None, name: str) -> dict[str, Any]:
+    """A file of the run's folder; empty where there is none that can be read, since a card can do without."""
+    if run is not None:
+        with contextlib.suppress(MegagammaError):
+            return read_json(run / name)
+    return {}
+
+
 def _provenance(run: Path | None) -> list[str]:
     """Lines from the run's provenance.json, when it is there."""
-    path = run / "provenance.json" if run else None
-    if path is None or not path.exists():
+    found = _known(run, "provenance.json")
+    if not found:
         return []
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     layout, packages = found.get("layout", {}), found.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     changed = " with uncommitted changes" if found.get("git_changed") else ""
@@ -30,10 +39,7 @@ def _provenance(run: Path | None) -> list[str]:
 
 def _drawn(run: Path | None) -> list[str]:
     """Table of what was drawn, from the run's init_report.json, when it is there."""
-    path = run / "init_report.json" if run else None
-    if path is None or not path.exists():
-        return []
-    roles = json.loads(path.read_text(encoding="utf-8")).get("roles", [])
+    roles = _known(run, "init_report.json").get("roles", [])
     if not roles:
         return []
     lines = ["", "| role | asked std | measured std |", "|---|---|---|"]

@@ -75,7 +75,9 @@ def write_continuation(
         return text, rng.randrange(len(text) - shortest)
 
     lines: list[dict[str, object]] = []
-    while len(lines) < count:
+    for _ in range(200 * count):
+        if len(lines) == count:
+            break
         text, start = place()
         try:
             context, end = _words(text, start, context_words)
@@ -88,6 +90,8 @@ def write_continuation(
         order = rng.sample(range(4), 4)
         shuffled = [choices[index] for index in order]
         lines.append({"context": context.strip(), "choices": shuffled, "label": order.index(0)})
+    if len(lines) < count:
+        raise DataError(f"{prepared}: its held-out text gives {len(lines)} of {count} questions: it has too few spaces")
     write_text(folder / f"{NAME}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_text(folder / f"{NAME}.yaml", _YAML)
     return folder

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +19,7 @@ from megagamma.config_rules import resolve
 from megagamma.data.prepare import embedded_settings
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import CheckpointError, ConfigurationError, MegagammaError
-from megagamma.files import advice, copy_file, require_writable, sync_folder, write_json, write_text
+from megagamma.files import advice, copy_file, read_json, write_json, write_text
 from megagamma.interop.card import model_card
 from megagamma.interop.huggingface import (
     Exported,
@@ -32,8 +29,10 @@ from megagamma.interop.huggingface import (
     export_tensor,
     exported_tensors,
 )
+from megagamma.interop.importing import HuggingFaceWeights
 from megagamma.interop.native import Answer, Question, outputs_apart
-from megagamma.interop.parity import TOLERANCE, ParityError, compare, needed_bytes, sampled_layers
+from megagamma.interop.parity import TOLERANCE, ParityError, compare, free_memory, needed_bytes, sampled_layers
+from megagamma.interop.publishing import check_destination, is_export, publishing
 from megagamma.interop.tokenizer import export_tokenizer, special_ids
 from megagamma.model.cost import parameter_counts
 from megagamma.training.reading import CheckpointReader, verify
@@ -62,24 +61,32 @@ class ExportOptions:
     device: str = "cpu"
     """Device of the comparison."""
     overwrite: bool = False
-    """Replace a folder that is there."""
+    """Replace another exported model that is there."""
 
 
 def read_checkpoint(folder: Path) -> tuple[CheckpointReader, Config]:
-    """A checkpoint whose weights are what was written, and its run's config.
+    """A finished checkpoint and its run's config; its weights are not read yet, see `verify_weights`.
 
     Raises:
-        CheckpointError: it is missing, damaged or unfinished.
+        CheckpointError: it is missing, unfinished, or its config names no vocabulary.
     """
     reader = CheckpointReader(folder)
-    weights = [entry for entry in reader.manifest["files"] if entry["kind"] == "weight"]
-    verify(folder, {**reader.manifest, "files": weights})
     config = resolve(from_dict(reader.manifest["config"]))
     if config.model.vocab_size is None:
         raise CheckpointError(
             f"{folder}: its config names no model.vocab_size: the checkpoint was not written by a run"
         )
     return reader, config
+
+
+def verify_weights(reader: CheckpointReader) -> None:
+    """Check that the files of weights are what was written.
+
+    Raises:
+        CheckpointError: naming the first that is missing, cut off or altered.
+    """
+    weights = [entry for entry in reader.manifest["files"] if entry["kind"] == "weight"]
+    verify(reader.folder, {**reader.manifest, "files": weights})
 
 
 def weights_identity(reader: CheckpointReader) -> str:
@@ -104,12 +111,14 @@ def find_tokenizer(checkpoint: Path, config: Config, fingerprint: str, given: st
         return None
     if given is not None:
         found = Tokenizer(given)
-        if found.fingerprint != fingerprint:
+        if fingerprint and found.fingerprint != fingerprint:
             raise ConfigurationError(
                 f"--tokenizer {given}: its fingerprint {found.fingerprint[:12]} is not that of the checkpoint, "
                 f"{fingerprint[:12]}: give the one that the data was prepared with"
             )
         return found
+    if not fingerprint:
+        return None  # imported without one
     run = run_folder(checkpoint)
     folders = [run] if run else []
     if config.data.corpus:
@@ -174,19 +183,44 @@ def write_weights(
     return total
 
 
-def origin_of(reader: CheckpointReader, config: Config, target: Format, dtype: torch.dtype) -> dict[str, Any]:
+def origin_of(reader: CheckpointReader, config: Config) -> dict[str, Any]:
     """Where an exported model comes from; kept in its config.json, and told by its card."""
-    step = reader.manifest["step"]
     return {
         "name": config.run.name,
-        "step": step,
+        "step": reader.manifest["step"],
         "tokens": reader.manifest["consumed_samples"] * config.data.sequence_length,
         "gamma": config.init.gamma,
         "init": asdict(config.init),
         "seed": config.run.seed,
         "parameters": parameter_counts(config.model).total,
-        "identity": f"{weights_identity(reader)}-{target.key}-{DTYPES[dtype][0]}",
+        "weights": weights_identity(reader),
     }
+
+
+def export_identity(reader: CheckpointReader, values: dict[str, Any], tokenizer: Tokenizer | None) -> str:
+    """A name for an exported model: its weights, its config.json `values` without their origin, its tokenizer."""
+    described = {key: value for key, value in values.items() if key != "megagamma"}
+    parts = [
+        weights_identity(reader),
+        json.dumps(described, sort_keys=True),
+        tokenizer.fingerprint if tokenizer else "",
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def is_proven(folder: Path, identity: str, tensors: list[Exported], options: ExportOptions) -> bool:
+    """Whether a folder is this exported model, whole, with a parity at least as strict as asked."""
+    if not is_export(folder):
+        return False
+    try:
+        found, proof = exported_origin(folder), read_json(folder / "parity.json")
+        names = HuggingFaceWeights(folder).names()  # opens every file, which notices one that is cut off
+    except MegagammaError:
+        return False
+    whole = names == {tensor.name for tensor in tensors}
+    strict = proof.get("holds") is True and proof.get("tolerance", 1.0) <= options.tolerance
+    enough = options.parity != "full" or proof.get("compared") == "whole model"
+    return whole and strict and enough and found.get("identity") == identity
 
 
 def exported_origin(folder: Path) -> dict[str, Any]:
@@ -195,13 +229,22 @@ def exported_origin(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: there is no config.json, or it cannot be read.
     """
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error}): give a folder of a Hugging Face model") from error
-    origin: dict[str, Any] = values.get("megagamma", {})
-    return origin | {"eos_token_id": values.get("eos_token_id")} if origin else {}
+    values = read_json(folder / "config.json")
+    origin = values.get("megagamma")
+    return {**origin, "eos_token_id": values.get("eos_token_id")} if isinstance(origin, dict) else {}
+
+
+def folder_identity(folder: Path) -> str:
+    """A name for any Hugging Face folder: of ours what the export noted, else from its config and weight files."""
+    known = exported_origin(folder).get("identity")
+    if known:
+        return str(known)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        state = file.stat()
+        with open(file, "rb") as opened:
+            digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode() + opened.read(1 << 20))
+    return digest.hexdigest()[:32]
 
 
 def _layers_to_compare(config: Config, options: ExportOptions, say: Callable[[str], None]) -> list[int] | None:
@@ -209,9 +252,7 @@ def _layers_to_compare(config: Config, options: ExportOptions, say: Callable[[st
     if options.parity == "full":
         return None
     needed = needed_bytes(parameter_counts(config.model).total)
-    memory = psutil.virtual_memory().available
-    if options.device.startswith("cuda"):
-        memory = min(memory, torch.cuda.mem_get_info()[0])
+    memory = free_memory(options.device)
     if options.parity == "auto" and needed <= memory:
         return None
     layers = sampled_layers(config.model.num_layers)
@@ -248,26 +289,25 @@ def export(
     """
     reader, config = read_checkpoint(checkpoint)
     target = choose_format(config.model, options.hf_class, options.custom_code)
-    origin = origin_of(reader, config, target, options.dtype)
-    if output.exists() and not options.overwrite:
-        if (output / "parity.json").exists() and exported_origin(output).get("identity") == origin["identity"]:
-            say(f"{output}: is this checkpoint already")
-            return output
-        raise ConfigurationError(f"{output} exists and is not this checkpoint: use --overwrite, or another --out")
     tokenizer = find_tokenizer(checkpoint, config, reader.manifest["tokenizer"], options.tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > (config.model.vocab_size or 0):
         raise ConfigurationError(
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}: "
             "give the tokenizer that the model was trained with, or --tokenizer none"
         )
-    require_writable(output.parent, "--out")
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left behind by a conversion that was killed
-    partial.mkdir()
-    try:
+    special, origin = special_ids(tokenizer), origin_of(reader, config)
+    values = export_config(config, target, options.dtype, special, origin)
+    origin["identity"] = export_identity(reader, values, tokenizer)
+    if is_proven(output, origin["identity"], exported_tensors(config.model, target), options):
+        say(f"{output}: is this model already")
+        return output
+    same = is_export(output) and exported_origin(output).get("identity") == origin["identity"]
+    check_destination(output, checkpoint, options.overwrite or same)
+    verify_weights(reader)
+    if tokenizer is None and options.tokenizer is None:
+        say("NOTE: this model came without a tokenizer: none is written; give one with --tokenizer")
+    with publishing(output) as partial:
         write_weights(partial, reader, config, target, options, quiet)
-        special = special_ids(tokenizer)
-        values = export_config(config, target, options.dtype, special, origin)
         write_json(partial / "config.json", values)
         write_json(
             partial / "generation_config.json", {**special, "do_sample": False, "use_cache": values["use_cache"]}
@@ -293,19 +333,4 @@ def export(
                 f"{checkpoint}: the exported model is not the model ({found.line()}): nothing was published"
             )
         write_text(partial / "README.md", model_card(config, origin, target, found, proven, run_folder(checkpoint)))
-        _publish(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
-
-
-def _publish(partial: Path, output: Path) -> None:
-    sync_folder(partial)
-    old = output.parent / f".{output.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        output.rename(old)
-    partial.rename(output)
-    sync_folder(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

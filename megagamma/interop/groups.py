@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from megagamma.interop import smooth
-from megagamma.interop.scoring import metrics_of, silent
+from megagamma.interop.quiet import silent
+from megagamma.interop.scoring import metrics_of
 from megagamma.interop.tasks import Plan
 
 

@@ -33,6 +33,19 @@ from megagamma.interop.scoring import header, score_task
 from megagamma.interop.tasks import PlannedTask, TaskRequest, plan
 
 
+def checked_limit(limit: float | None) -> float | None:
+    """A limit as lm-eval wants it.
+
+    Raises:
+        EvaluationError: it is neither a whole number of documents nor a share of them.
+    """
+    if limit is None:
+        return None
+    if not (0 < limit < math.inf and (limit < 1 or limit == int(limit))):
+        raise EvaluationError(f"limit={limit} must be a whole number of documents, or a share below 1")
+    return limit if limit < 1 else int(limit)
+
+
 def evaluate(
     model: Any,
     request: TaskRequest,
@@ -72,10 +85,7 @@ def evaluate(
     """
     speaks = int(os.environ.get("RANK", "0")) == 0
     say = say or (lambda text: print(text, flush=True) if speaks else None)
-    if limit is not None and not (0 < limit < math.inf and (limit < 1 or limit == int(limit))):
-        raise EvaluationError(f"limit={limit} must be a whole number of documents, or a share below 1")
-    if limit is not None and limit >= 1:
-        limit = int(limit)
+    limit = checked_limit(limit)
     live = not isinstance(model, (str, Path))
     options = options or HuggingFaceOptions()
     settings = {"kind": type(model).__name__} if live else options.settings

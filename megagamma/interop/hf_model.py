@@ -45,6 +45,32 @@ class HuggingFaceOptions:
         }
 
 
+def checked_device(options: HuggingFaceOptions) -> str:
+    """The device that options mean.
+
+    Raises:
+        EvaluationError: there is none of that kind here, or the options do not go together.
+    """
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise EvaluationError(f"device={options.device}: must be auto, cpu, cuda or cuda:1")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EvaluationError(f"device={options.device}, but torch sees no GPU here: use cpu or auto")
+    if options.parallelize and kind == "cpu":
+        raise EvaluationError("parallelize needs GPUs, and torch sees none here: leave it out")
+    if kind == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EvaluationError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} on a CPU: lm-eval shares documents over GPUs only: start one process"
+        )
+    return device
+
+
 def load_model(folder: str | Path, options: HuggingFaceOptions, batch_size: int | str = 8) -> Any:
     """lm-eval's `hf` model over a folder.
 
@@ -54,17 +80,7 @@ def load_model(folder: str | Path, options: HuggingFaceOptions, batch_size: int 
     folder = Path(folder).expanduser().resolve()
     if not (folder / "config.json").is_file():
         raise EvaluationError(f"model={folder}: not a Hugging Face model folder: config.json is missing")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise EvaluationError(f"device={options.device}, but torch sees no GPU here: use cpu or auto")
-    if options.parallelize and device == "cpu":
-        raise EvaluationError("parallelize needs GPUs, and torch sees none here: leave it out")
-    if device == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise EvaluationError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} on a CPU: lm-eval shares documents over GPUs only: start one process"
-        )
+    device = checked_device(options)
     from lm_eval.models.huggingface import HFLM
 
     try:

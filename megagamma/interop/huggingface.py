@@ -269,6 +269,10 @@ def import_config(values: dict[str, Any], headwise: Callable[[], bool]) -> tuple
         known = ", ".join(one.architecture for one in FORMATS.values())
         raise _refuse("architectures", architecture, f"must be one of {known}")
     layers = values["num_hidden_layers"]
+    # Lfm3's own defaults differ from the others', so that its file must say what it means.
+    for name in ("tie_word_embeddings", "norm_eps", "rope_parameters") if source.key == "lfm3" else ():
+        if values.get(name) is None:
+            raise _refuse(name, None, "must be written")
     for name, wanted in (
         ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("use_sandwich_norm", False),
         ("use_sliding_window", False), ("num_experts", 0),

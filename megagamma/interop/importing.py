@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from megagamma.config_io import as_dict, save_config
 from megagamma.config_rules import resolve
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError, MegagammaError
-from megagamma.files import advice, copy_file, require_writable, sync_folder, write_json
+from megagamma.files import advice, copy_file, read_json, require_writable, sync_folder, write_json
 from megagamma.interop.huggingface import Format, exported_tensors, import_config, import_tensor
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 from megagamma.training.reading import FORMAT_VERSION, folder_name
@@ -30,13 +29,15 @@ class HuggingFaceWeights:
     """Reads tensors of a Hugging Face folder by name, mapped from its safetensors files."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: ConfigurationError: there are no safetensors files, or one is damaged."""
+        """Raises: MegagammaError: there are no safetensors files, or one is damaged."""
         self.folder = folder
         index = folder / _INDEX
+        files = ["model.safetensors"]
         if index.exists():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict):
+                raise ConfigurationError(f"{index}: weight_map is missing: copy the folder again")
+            files = sorted(set(places.values()))
         self._files: dict[str, Path] = {}
         for file in files:
             try:
@@ -47,6 +48,16 @@ class HuggingFaceWeights:
                     f"{folder / file}: cannot be read ({error}): give a folder with safetensors weights"
                 ) from error
 
+        # Buffers that older Llama folders have, and Lfm3's gate by the name that transformers writes.
+        self._files = {name: file for name, file in self._files.items() if not name.endswith("rotary_emb.inv_freq")}
+        self._stored: dict[str, str] = {}
+
+    def rename(self, stored: str, name: str) -> None:
+        """Give tensors whose names contain `stored` the name that has `name` in its place."""
+        for old in [one for one in self._files if stored in one]:
+            self._files[old.replace(stored, name)] = self._files.pop(old)
+            self._stored[old.replace(stored, name)] = old
+
     def names(self) -> set[str]:
         """Every tensor."""
         return set(self._files)
@@ -54,21 +65,24 @@ class HuggingFaceWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         with safe_open(self._files[name], framework="pt") as opened:
-            return tuple(opened.get_slice(name).get_shape())
+            return tuple(opened.get_slice(self._stored.get(name, name)).get_shape())
 
     def read(self, name: str, _rows: int | None = None) -> Tensor:
         """A tensor in its own dtype. Its file is mapped for as long as the tensor lives, and no longer."""
         with safe_open(self._files[name], framework="pt") as opened:
-            found: Tensor = opened.get_tensor(name)
+            found: Tensor = opened.get_tensor(self._stored.get(name, name))
         return found
 
 
 def _headwise(weights: HuggingFaceWeights, values: dict[str, Any]) -> bool:
-    """Whether the gates stored with the queries are one per head: head_dim equal rows each, in the first layer."""
+    """Whether the gates stored with the queries are one per head: head_dim equal rows each, in every layer."""
     heads = values["num_attention_heads"]
-    pair = weights.read("model.layers.0.self_attn.q_proj.weight")
-    pair = pair.view(heads, 2, -1, pair.shape[-1])[:, 1]
-    return pair.shape[1] > 1 and bool((pair == pair[:, :1]).all())
+    for layer in range(values["num_hidden_layers"]):
+        pair = weights.read(f"model.layers.{layer}.self_attn.q_proj.weight")
+        pair = pair.view(heads, 2, -1, pair.shape[-1])[:, 1]
+        if pair.shape[1] == 1 or not bool((pair == pair[:, :1]).all()):
+            return False
+    return True
 
 
 def _check_tensors(weights: HuggingFaceWeights, config: Config, source: Format) -> None:
@@ -121,13 +135,22 @@ def import_model(
     """
     if output.exists():
         raise ConfigurationError(f"--out {output} exists already: choose another folder")
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read ({error}): give a folder of a Hugging Face model") from error
+    if vocab_size_multiple < 1:
+        raise ConfigurationError(f"--vocab_size_multiple {vocab_size_multiple}: must be 1 or more")
+    values = read_json(folder / "config.json")
     weights = HuggingFaceWeights(folder)
-    model, source, window = import_config(values, lambda: _headwise(weights, values))
+    if values.get("model_type") == "lfm3":
+        weights.rename("self_attn.gate_proj", "self_attn.g_proj")
+    try:
+        model, source, window = import_config(values, lambda: _headwise(weights, values))
+    except KeyError as error:
+        raise ConfigurationError(
+            f"{folder}: {error} is missing in its config.json or weights: copy it again"
+        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{folder / 'config.json'}: a value is of the wrong kind ({error}): mend it"
+        ) from error
     model.vocab_size_multiple = vocab_size_multiple
     config = resolve(
         Config(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from megagamma.config import Config, ParallelConfig
 from megagamma.config_io import from_dict
 from megagamma.config_rules import resolve
+from megagamma.errors import MegagammaError
 from megagamma.training.reading import CheckpointReader
 
 
@@ -51,7 +53,8 @@ class Answer:
 def single_process(config: Config, layer: int | None = None, device: str = "cpu") -> Config:
     """The config of the same model on one process; with `layer`, of a model of one layer."""
     model = replace(config.model, recompute="none", num_layers=1 if layer is not None else config.model.num_layers)
-    run = replace(config.run, device="cuda" if device.startswith("cuda") else "cpu")
+    kind: Any = "cuda" if device.startswith("cuda") else "cpu"
+    run = replace(config.run, device=kind, threads=torch.get_num_threads())
     return resolve(replace(config, model=model, run=run, parallel=ParallelConfig()))
 
 
@@ -69,7 +72,7 @@ def answer(question: Question) -> Answer:
 
     reader = CheckpointReader(question.checkpoint)
     config = single_process(from_dict(reader.manifest["config"]), question.layer, question.device)
-    runtime = Runtime(config, World(0, 1, 0, 1))
+    runtime = Runtime(config, World(0, 1, torch.device(question.device).index or 0, 1))
     chunk = build_model(config, torch.float32, runtime.device)[0].eval()
     for tensor in ParameterMap([chunk], config.model, 0, 1):
         for part in tensor.parts:
@@ -105,7 +108,16 @@ def _answer_alone(question: Question, threads: int) -> Answer:
 
 
 def outputs_apart(question: Question) -> Answer:
-    """`answer` in a process of its own."""
+    """`answer` in a process of its own.
+
+    Raises:
+        MegagammaError: the process was killed, as a system does that runs out of memory.
+    """
     context: Any = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_answer_alone, question, torch.get_num_threads()).result()
+        try:
+            return pool.submit(_answer_alone, question, torch.get_num_threads()).result()
+        except BrokenProcessPool as error:
+            raise MegagammaError(
+                "the process that ran our model for the comparison was killed, perhaps for want of memory: use --parity layers"
+            ) from error

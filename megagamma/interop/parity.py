@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ class Parity:
     """The same over the largest logit."""
     tolerance: float
     greedy_tokens: int
-    greedy_equal: bool
+    greedy_equal: bool | None
+    """None where nothing was continued: a single layer writes no text."""
     architecture: str
     dtype: str
     transformers: str
@@ -50,15 +53,18 @@ class Parity:
     def holds(self) -> bool:
         """Whether the folder may be published. Both bounds, since the logits of a young model are small."""
         worst = max(self.largest_difference, self.largest_relative)
-        return worst < self.tolerance and self.greedy_equal
+        return worst < self.tolerance and self.greedy_equal is not False
 
     def line(self) -> str:
         """One line for the console."""
-        sign, word = ("<", "=") if self.holds else ("against", "and not =" if not self.greedy_equal else "=")
+        sign = "<" if max(self.largest_difference, self.largest_relative) < self.tolerance else "against"
+        greedy = ""
+        if self.greedy_equal is not None:
+            word = "=" if self.greedy_equal else "is not"
+            greedy = f"; greedy continuation of {self.greedy_tokens} tokens {word} ours"
         return (
             f"parity ({self.compared}): largest logit difference {self.largest_difference:.1e} {sign} "
-            f"{self.tolerance:g} over {self.tokens} tokens, relative {self.largest_relative:.1e}; greedy continuation "
-            f"of {self.greedy_tokens} tokens {word} ours"
+            f"{self.tolerance:g} over {self.tokens} tokens, relative {self.largest_relative:.1e}{greedy}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -69,6 +75,20 @@ class Parity:
 def needed_bytes(parameters: int) -> int:
     """Memory of a comparison of whole models: one at a time in fp32, and what runs beside it."""
     return round(1.3 * 4 * parameters) + (1 << 30)
+
+
+def free_memory(device: str) -> int:
+    """Memory that a comparison may take: of the GPU, and of this machine within the limit of its control group. Bytes."""
+    found = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    if device.startswith("cuda"):
+        found = min(found, torch.cuda.mem_get_info(torch.device(device))[0])
+    return max(0, found)
 
 
 def sampled_layers(count: int, sample: int = 3) -> list[int]:
@@ -187,6 +207,6 @@ def compare(
         greedy += len(ours.greedy)
     compared = "whole model" if layers is None else f"layers {', '.join(map(str, layers))}, each alone"
     return Parity(
-        compared, tokens, absolute, relative, tolerance, greedy, equal, target.architecture,
+        compared, tokens, absolute, relative, tolerance, greedy, equal if greedy else None, target.architecture,
         str(dtype).removeprefix("torch."), transformers.__version__, torch.__version__,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagamma.errors import EvaluationError
+from megagamma.errors import EvaluationError, MegagammaError
 from megagamma.files import write_json, write_text
 
 FORMAT = 1
@@ -114,7 +114,9 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise MegagammaError(f"{path}: cannot be read ({error.strerror}): choose another folder") from error
+    except ValueError as error:
         raise EvaluationError(f"{path}: cannot be read ({error}): delete it to score anew") from error
     records = value.get("records") if isinstance(value, dict) and value.get("format") == FORMAT else None
     if not isinstance(records, list) or not all(

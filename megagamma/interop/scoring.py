@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from megagamma.errors import EvaluationError
 from megagamma.interop import smooth
+from megagamma.interop.quiet import silent
 from megagamma.interop.scores import plain
 from megagamma.interop.tasks import PlannedTask
 
@@ -203,15 +202,3 @@ def _smooth_metrics(values: list[dict[str, float]], chance: float | None) -> lis
             one = {"metric": name, "filter": "none", "value": mean, "stderr": error, "higher_is_better": higher}
             found.append({**one, "smooth": True, "chance": chance if name.startswith("choice") else None})
     return found
-
-
-@contextlib.contextmanager
-def silent(name: str) -> Iterator[None]:
-    """Without a logger's warnings."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

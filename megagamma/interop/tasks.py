@@ -5,19 +5,18 @@ Nothing here loads a model or a data set, so that a wrong name or a missing set 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megagamma.errors import EvaluationError
 from megagamma.interop import mirror
+from megagamma.interop.quiet import silent
 from megagamma.interop.scores import reason
 
 # Where a few-shot count comes from. The counts of the paper (arXiv 2606.17945) are not known to us.
@@ -241,7 +240,7 @@ def _manager(request: TaskRequest) -> Any:
     while True:
         # Later folders win, while within lm-eval's tree the first does.
         paths = [str(_stock_folder() / family) for family in sorted(families, reverse=True)]
-        with _quiet():
+        with silent("lm_eval.tasks._index"):  # folders may share names
             manager = TaskManager(include_path=[*paths, *own], include_defaults=False)
         lacking, tags = _reach(manager.task_index, request.expanded)
         needed = {_stock_names()[name] for name in lacking if name in _stock_names()}
@@ -249,7 +248,7 @@ def _manager(request: TaskRequest) -> Any:
         needed = needed.union(*spread.values()) - families
         if any(len(places) > 1 for places in spread.values()) or (not needed and any(spread.values()) and lacking):
             # A tag of several folders, or one that is put together in Python: only the whole index has it whole.
-            with _quiet():
+            with silent("lm_eval.tasks._index"):  # folders may share names
                 manager = TaskManager(include_path=own or None)
             lacking, _ = _reach(manager.task_index, request.expanded)
             break
@@ -261,18 +260,6 @@ def _manager(request: TaskRequest) -> Any:
         known = {*PRESETS, *_stock_names(), *manager.all_tasks}
         raise EvaluationError("; ".join(_unknown(name, known) for name in unknown))
     return manager
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings about names that folders share."""
-    logger = logging.getLogger("lm_eval.tasks._index")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

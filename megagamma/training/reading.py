@@ -65,6 +65,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in _KEYS if key not in manifest]
     if missing:
         raise CheckpointError(f"{path}: {', '.join(missing)} is missing: {remedy(folder)}")
+    if not isinstance(manifest["config"], dict) or not isinstance(manifest["files"], list):
+        raise CheckpointError(f"{path}: config or files is not what was written: {remedy(folder)}")
     found: dict[str, Any] = manifest
     return found
 

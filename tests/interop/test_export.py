@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from support.exports import TIED, VARIANTS, save_model
 from support.ranks import RankPool
 
-from megagamma.errors import CheckpointError, ConfigurationError
+from megagamma.errors import CheckpointError, ConfigurationError, MegagammaError
 from megagamma.interop import export as exporting
 from megagamma.interop import huggingface
 from megagamma.interop.export import ExportOptions, export, plan_shards, read_checkpoint
 from megagamma.interop.huggingface import FORMATS, Exported
 from megagamma.interop.native import Answer, Question, answer, outputs_apart
 from megagamma.interop.parity import ParityError, exported_model
+from megagamma.training.reading import read_manifest, verify
 
 Native = Callable[[Question], Answer]
 
@@ -126,13 +127,16 @@ def test_norm_offset_is_seen(tmp_path: Path, native: Native, saved: Saved, monke
     _expect_refusal(saved("elementwise"), tmp_path / "hf", native)
 
 
-@pytest.mark.parametrize("variant", ["plain", "qk_norm", "elementwise"])
+@pytest.mark.parametrize(
+    ("variant", "hf_class"), [("plain", None), ("qk_norm", None), ("elementwise", None), ("headwise", "lfm3")]
+)
 def test_epsilon_is_seen(
-    tmp_path: Path, native: Native, saved: Saved, monkeypatch: pytest.MonkeyPatch, variant: str
+    tmp_path: Path, native: Native, saved: Saved, monkeypatch: pytest.MonkeyPatch, variant: str, hf_class: str | None
 ) -> None:
     right = exporting.export_config
-    monkeypatch.setattr(exporting, "export_config", lambda *given: right(*given) | {"rms_norm_eps": 1e-5})
-    _expect_refusal(saved(variant), tmp_path / "hf", native)
+    wrong = {"rms_norm_eps": 1e-5, "norm_eps": 1e-5}
+    monkeypatch.setattr(exporting, "export_config", lambda *given: right(*given) | wrong)
+    _expect_refusal(saved(variant), tmp_path / "hf", native, hf_class)
 
 
 def test_padded_rows_are_seen(tmp_path: Path, native: Native, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,12 +270,16 @@ def test_a_gate_without_qk_norm_is_refused_unless_asked(tmp_path: Path, native: 
 
 def test_what_is_there_is_kept(tmp_path: Path, native: Native, saved: Saved) -> None:
     output = tmp_path / "hf"
+    output.mkdir()  # an empty one is taken
     export(saved("plain"), output, ExportOptions(), native=native, quiet=True)
     before = (output / "model.safetensors").stat().st_mtime_ns
     said: list[str] = []
-    export(saved("plain"), output, ExportOptions(), native=native, say=said.append, quiet=True)
-    assert said == [f"{output}: is this checkpoint already"]
+    export(saved("plain"), output, ExportOptions(overwrite=True), native=native, say=said.append, quiet=True)
+    assert said == [f"{output}: is this model already"]
     assert (output / "model.safetensors").stat().st_mtime_ns == before
+    for options in (ExportOptions(dtype=torch.bfloat16), ExportOptions(tokenizer="none")):
+        with pytest.raises(ConfigurationError, match="holds another export: use --overwrite"):
+            export(saved("plain"), output, options, native=native)
     with pytest.raises(ConfigurationError, match="use --overwrite"):
         export(saved("plain", tied=True), output, ExportOptions(), native=native)
     # A failed replacement leaves what was there.
@@ -283,6 +291,76 @@ def test_what_is_there_is_kept(tmp_path: Path, native: Native, saved: Saved) -> 
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     export(saved("plain", tied=True), output, ExportOptions(overwrite=True), native=native, quiet=True)
     assert "lm_head.weight" not in load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize("harm", ["weights gone", "weights cut", "proof lenient", "proof of layers"])
+def test_what_is_not_proven_is_made_again(tmp_path: Path, native: Native, saved: Saved, harm: str) -> None:
+    output, weights = tmp_path / "hf", tmp_path / "hf" / "model.safetensors"
+    given = {
+        "proof lenient": ExportOptions(tolerance=5.0), "proof of layers": ExportOptions(parity="layers"),
+    }.get(harm, ExportOptions())  # fmt: skip
+    export(saved("plain"), output, given, native=native, quiet=True, say=lambda _: None)
+    if harm == "weights gone":
+        weights.unlink()
+    if harm == "weights cut":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    said: list[str] = []
+    export(saved("plain"), output, ExportOptions(parity="full"), native=native, say=said.append, quiet=True)
+    assert said[-1].startswith("parity (whole model)")
+    found = json.loads((output / "parity.json").read_text())
+    assert found["tolerance"] == 1e-4 and found["compared"] == "whole model"
+    assert load_file(weights)
+
+
+def test_nothing_but_an_export_is_replaced(tmp_path: Path, native: Native, saved: Saved) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(saved("plain").parent.parent, run)
+    checkpoint = run / "checkpoints" / "step_00000007"
+    for place in (run, run / "checkpoints", checkpoint):
+        with pytest.raises(ConfigurationError, match="holds the checkpoint"):
+            export(checkpoint, place, ExportOptions(overwrite=True), native=native)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match="is no exported model"):
+        export(checkpoint, tmp_path / "thesis", ExportOptions(overwrite=True), native=native)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    verify(checkpoint, read_manifest(checkpoint))
+
+
+def test_two_conversions_to_one_folder(tmp_path: Path, native: Native, saved: Saved) -> None:
+    """The second is told; the first goes on to its end."""
+    refused: list[str] = []
+
+    def meanwhile(question: Question) -> Answer:
+        with pytest.raises(ConfigurationError) as caught:
+            export(saved("plain"), tmp_path / "hf", ExportOptions(), native=native)
+        refused.append(str(caught.value))
+        return native(question)
+
+    folder = export(saved("plain"), tmp_path / "hf", ExportOptions(), native=meanwhile, quiet=True)
+    assert "another process writes it now" in refused[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and load_file(folder / "model.safetensors")
+
+
+def test_a_rename_that_fails_leaves_what_was_there(
+    tmp_path: Path, native: Native, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "hf"
+    export(saved("plain"), output, ExportOptions(), native=native, quiet=True)
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(MegagammaError, match="No space left"):
+        export(saved("plain", tied=True), output, ExportOptions(overwrite=True), native=native, quiet=True)
+    assert "lm_head.weight" in load_file(output / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_damaged_and_unfinished_checkpoints(tmp_path: Path, native: Native, saved: Saved) -> None:

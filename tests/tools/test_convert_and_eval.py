@@ -39,7 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_cach
     folder = tmp_path_factory.mktemp("runs")
     found = []
     for gamma in ("0.5", "0.75"):
-        given = ["--data.cache", data_cache, "--init.gamma", gamma, "--run.name", f"gamma{gamma}"]
+        given = ["--data.cache", data_cache, "--init.gamma", gamma]  # and the same run.name
         given += ["--data.sequence_length", "256"]
         path = folder / f"gamma{gamma}"
         one_rank.run(save_model, given, str(path))
@@ -78,13 +78,14 @@ def test_two_runs_to_tables(tool: ModuleType, runs: list[Path], tmp_path: Path, 
     # Again: nothing is converted or scored anew, and the table is the same.
     code, again, _ = call(tool, capsys, *arguments)
     assert code == 0 and table.strip() in again
-    assert again.count("is this checkpoint already") == 3
+    assert again.count("is this model already") == 3
     assert again.count("scored before: arc_easy, gsm8k") == 3
     # The Hugging Face folder by itself, and the checkpoint by itself, are the same model.
     code, _, err = call(tool, capsys, folder, "--tasks", "arc_easy", "--limit", "3", "--mirror", mirror)
     assert code == 0, err
     scored = json.loads((folder / "eval" / "scores.json").read_text())["records"][0]
     before = json.loads((runs[0] / "eval" / "step_00000007" / "scores.json").read_text())["records"][0]
+    assert "Last checkpoint of each run" in out
     assert scored["metrics"] == before["metrics"]
 
 
@@ -97,6 +98,15 @@ def test_two_runs_to_tables(tool: ModuleType, runs: list[Path], tmp_path: Path, 
         (["RUN", "--steps", "soon"], "--steps soon: must be last, all, or whole numbers"),
         (["RUN", "--steps", "all", "--out", "OUT"], "2 models cannot go to one folder"),
         (["RUN", "--eval_only"], "convert it first, without --eval_only"),
+        (["RUN", "--tasks", "arc_easy", "--limit", "0"], "limit=0.0 must be a whole number of documents"),
+        (["RUN", "--tasks", "arc_easy", "--parallelize"], "parallelize needs GPUs"),
+        (["RUN", "--tasks", "arc_easy", "--tokenizer", "none"], "add --convert_only"),
+        (["RUN", "--tasks", "arc_easy", "--eval_out", "FILE"], "--eval_out"),
+        (["RUN", "--convert_only", "--out", "FILE", "--overwrite"], "is a file: choose another folder"),
+        (["RUN", "--convert_only", "--out", "RUN", "--overwrite"], "holds the checkpoint"),
+        (["RUN", "--convert_only", "--out", "FULL", "--overwrite"], "holds files, and is no exported model"),
+        (["RUN", "--convert_only", "--threads", "-1"], "--threads -1: must be 0 or more"),
+        (["RUN", "--convert_only", "--device", "foo"], "device=foo: must be auto, cpu, cuda"),
         (["RUN", "--tasks", "arc_easi"], "did you mean arc_easy"),
         (["RUN", "--tasks", "arc_easy", "--mirror", "OUT"], "allenai/ai2_arc"),
         (["RUN", "--convert_only", "--max_shard_size", "big"], "must be a number of MB or GB"),
@@ -112,21 +122,33 @@ def test_errors_before_any_work(
     tool: ModuleType, runs: list[Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch,
     arguments: list[str], said: str,
 ) -> None:  # fmt: skip
-    if "cuda" in arguments:
+    if "cuda" in arguments or "--parallelize" in arguments:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run = tmp_path / "run"
     shutil.copytree(runs[0], run, ignore=shutil.ignore_patterns("hf", "eval"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    mirror = make_mirror(tmp_path / "mirror")
+    monkeypatch.setenv("MEGAGAMMA_MIRROR", str(mirror))
     half = tmp_path / "half"
     shutil.copytree(run, half)
     for step in (7, 9):
         (half / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").unlink()
-    places = {"RUN": str(run), "OUT": str(tmp_path / "empty"), "HALF": str(half), ".": str(tmp_path / "empty")}
+    places = {
+        "RUN": str(run),
+        "OUT": str(tmp_path / "empty"),
+        "HALF": str(half),
+        ".": str(tmp_path / "empty"),
+        "FILE": str(tmp_path / "file"),
+        "FULL": str(tmp_path / "full"),
+    }
     code, out, err = call(tool, capsys, *(places.get(one, one) for one in arguments))
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
-    assert "weights" not in out
-    assert not (run / "hf").exists() or not list((run / "hf").iterdir())
+    assert "weights" not in out + err
+    assert not (run / "hf").exists()
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(
@@ -138,7 +160,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     ]  # fmt: skip
     partial = output.parent / ".mine.partial"
     # While the weights are written, and while they are compared.
-    for file in ("model.safetensors", "tokenizer.json"):
+    for file in ("model.safetensors", "tokenizer.json"):  # a parity of its own process takes seconds
         shutil.rmtree(partial, ignore_errors=True)
         process = subprocess.Popen(
             command,
