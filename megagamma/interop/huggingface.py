@@ -268,6 +268,9 @@ def import_config(values: dict[str, Any], headwise: Callable[[], bool]) -> tuple
     if source is None:
         known = ", ".join(one.architecture for one in FORMATS.values())
         raise _refuse("architectures", architecture, f"must be one of {known}")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if not isinstance(values[name], int):
+            raise _refuse(name, repr(values[name]), "must be a whole number")
     layers = values["num_hidden_layers"]
     # Lfm3's own defaults differ from the others', so that its file must say what it means.
     for name in ("tie_word_embeddings", "norm_eps", "rope_parameters") if source.key == "lfm3" else ():
