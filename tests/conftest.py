@@ -36,6 +36,14 @@ def one_rank() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[RankPool]:
+    """Four processes in a gloo world; for a module only, since they take two gigabytes."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder in which the embedded corpus `tiny` is prepared once."""

@@ -29,7 +29,7 @@ from megagamma.interop.huggingface import (
     export_tensor,
     exported_tensors,
 )
-from megagamma.interop.importing import HuggingFaceWeights
+from megagamma.interop.importing import INDEX, HuggingFaceWeights
 from megagamma.interop.native import Answer, Question, outputs_apart
 from megagamma.interop.parity import TOLERANCE, ParityError, compare, free_memory, needed_bytes, sampled_layers
 from megagamma.interop.publishing import check_destination, is_export, publishing
@@ -37,8 +37,6 @@ from megagamma.interop.tokenizer import export_tokenizer, special_ids
 from megagamma.model.cost import parameter_counts
 from megagamma.training.reading import CheckpointReader, verify
 from megagamma.training.shards import DTYPES, ShardWriter
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

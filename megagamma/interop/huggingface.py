@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagamma.config import Config, ModelConfig, padded_vocab_size, resolve_model
+from megagamma.config import Config, ModelConfig, resolve_model
 from megagamma.errors import ConfigurationError
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 
@@ -320,9 +320,3 @@ def import_config(values: dict[str, Any], headwise: Callable[[], bool]) -> tuple
     if source.gate_in_query and headwise():
         model = replace(model, attention_gate="headwise")
     return resolve_model(model), source, int(values.get("max_position_embeddings", 2048))
-
-
-def padding_rows(model: ModelConfig) -> int:
-    """Rows of our embedding that a Hugging Face model does not have."""
-    assert model.vocab_size is not None
-    return padded_vocab_size(model) - model.vocab_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from megagamma.config import Config, DataConfig, RunConfig
 from megagamma.config_io import as_dict, save_config
 from megagamma.config_rules import resolve
 from megagamma.data.tokenizer import Tokenizer
-from megagamma.errors import ConfigurationError, DataError, MegagammaError
-from megagamma.files import advice, copy_file, read_json, require_writable, sync_folder, write_json
+from megagamma.errors import ConfigurationError, DataError
+from megagamma.files import copy_file, read_json, write_json
 from megagamma.interop.huggingface import Format, exported_tensors, import_config, import_tensor
+from megagamma.interop.publishing import publishing
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 from megagamma.training.reading import FORMAT_VERSION, folder_name
 from megagamma.training.shards import ShardWriter
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class HuggingFaceWeights:
@@ -31,7 +31,7 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path) -> None:
         """Raises: MegagammaError: there are no safetensors files, or one is damaged."""
         self.folder = folder
-        index = folder / _INDEX
+        index = folder / INDEX
         files = ["model.safetensors"]
         if index.exists():
             places = read_json(index).get("weight_map")
@@ -159,7 +159,6 @@ def import_model(
     )
     _check_tensors(weights, config, source)
     pieces = _tokenizer(folder, tokenizer)
-    require_writable(output.parent, "--out")
     tensors = ((one, import_tensor(one, model, source, weights.read)) for one in logical_parameters(model))
     return write_run(output, config, tensors, pieces, {"imported_from": folder.name}, quiet)
 
@@ -185,12 +184,10 @@ def write_run(
     Returns:
         The checkpoint's folder.
     """
-    partial = output.parent / f".{output.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint = partial / "checkpoints" / folder_name(0)
-    checkpoint.mkdir(parents=True)
     logical = logical_parameters(config.model)
-    try:
+    with publishing(output) as partial:
+        checkpoint = partial / "checkpoints" / folder_name(0)
+        checkpoint.mkdir(parents=True)
         writer = ShardWriter(checkpoint / "weight-00000.safetensors", [(one.name, one.shape) for one in logical])
         for one, values in tqdm(tensors, total=len(logical), unit="tensor", desc="weights", disable=quiet):
             writer.write(one.name, values)
@@ -214,13 +211,4 @@ def write_run(
         save_config(config, partial / "config.yaml")
         if tokenizer:
             copy_file(tokenizer.path, partial / "tokenizer.model")
-        sync_folder(partial)
-        partial.rename(output)
-        sync_folder(output.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MegagammaError(f"{output}: cannot be written ({error.strerror}): {advice(error)}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output / "checkpoints" / folder_name(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,11 +12,11 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from megagamma.config import Config
 from megagamma.errors import MegagammaError
 from megagamma.interop.huggingface import Format
+from megagamma.interop.importing import HuggingFaceWeights
 from megagamma.interop.native import Answer, Question
 
 # In fp32 the two differ by 0 to 1e-5; a misplaced gate, norm or epsilon by 1e-3 and more.
@@ -120,23 +119,17 @@ def exported_model(folder: Path, layer: int | None = None, trust: bool = False) 
             folder, dtype=torch.float32, trust_remote_code=trust
         )
         return model.eval()
-    from safetensors import safe_open
-
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
-    index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    state: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(folder / file, framework="pt") as found:
-            for name in found.keys():  # noqa: SIM118 - not a dictionary
-                if not name.startswith("model.layers."):
-                    state[name] = found.get_tensor(name).float()
-                elif name.startswith(f"model.layers.{layer}."):
-                    state[name.replace(f"layers.{layer}.", "layers.0.")] = found.get_tensor(name).float()
+    weights, mine = HuggingFaceWeights(folder), f"model.layers.{layer}."
+    state = {
+        name.replace(mine, "model.layers.0."): weights.read(name).float()
+        for name in weights.names()
+        if name.startswith(mine) or not name.startswith("model.layers.")
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise ParityError(f"{folder}: tensors that do not belong together: {[*missing, *unexpected][:4]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megagamma.config import Config
@@ -15,6 +17,13 @@ from megagamma.model.parameters import ParameterMap
 from megagamma.training.optimizer import parameter_groups
 
 
+def build(config: Config, runtime: Runtime, dtype: torch.dtype) -> tuple[list[Any], ParameterMap]:
+    """This rank's part of the model, unfilled and under ZeRO 3 partitioned already, and its map."""
+    with building(config, runtime, dtype):
+        chunks: list[Any] = list(build_model(config, dtype, runtime.device))
+    return chunks, ParameterMap(chunks, config.model, runtime.tensor_rank, runtime.tensor_size)
+
+
 def fresh_engine(config: Config, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Engine:
     """Build this rank's part of the model, fill it, and hand it to DeepSpeed.
 
@@ -23,8 +32,6 @@ def fresh_engine(config: Config, runtime: Runtime, dtype: torch.dtype = torch.fl
         runtime: this process, its groups formed.
         dtype: of the weights.
     """
-    with building(config, runtime, dtype):
-        chunks = build_model(config, dtype, runtime.device)
-    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
+    chunks, parameter_map = build(config, runtime, dtype)
     fill(parameter_map, config, partition_writer(runtime))
     return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))

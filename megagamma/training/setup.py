@@ -14,7 +14,6 @@ from megagamma.config import Config
 from megagamma.config_io import as_dict, differences, from_dict, save_config
 from megagamma.data.sources import RunData, open_data
 from megagamma.distributed.engine import Engine
-from megagamma.distributed.partitioned import building
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
 from megagamma.errors import CheckpointError, ConfigurationError
@@ -28,11 +27,11 @@ from megagamma.initialization.report import (
     saturation_lines,
     table,
 )
-from megagamma.model.gpt import build_model
 from megagamma.model.hook import draw, fill, report_drawn
 from megagamma.model.memory import check_fits
 from megagamma.model.parameters import ParameterMap
 from megagamma.training import checkpoint, reading
+from megagamma.training.assembly import build
 from megagamma.training.metrics import Reporter
 from megagamma.training.optimizer import describe_groups, parameter_groups
 from megagamma.training.provenance import provenance
@@ -174,9 +173,7 @@ def prepare_session(config: Config) -> Session:
         changed = _check_same_run(folder, config, manifest, data.tokenizer.fingerprint)
 
     begin = time.perf_counter()
-    with building(config, runtime, dtype):
-        chunks = build_model(config, dtype, runtime.device)
-    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
+    chunks, parameter_map = build(config, runtime, dtype)
     if manifest is None:
         _initialize(config, runtime, parameter_map, folder)
     else:

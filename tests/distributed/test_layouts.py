@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from support.ranks import RankPool
 
@@ -26,13 +24,6 @@ LAYOUTS = [
     Layout(1, 1, 4, 3, extra=("--deepspeed_config", "configs/deepspeed/zero3_offload.json")),
 ]
 TIED = ("--model.tie_embeddings", "true", "--model.attention_gate", "headwise")
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 def arguments(cache: str, *more: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,13 +36,6 @@ CASES = [
     ("gate alone", None, "GatedLlamaForCausalLM"),
     ("head gate alone", None, "GatedLlamaForCausalLM"),
 ]
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from support.benchmarks import arc, byte_tokenizer, gsm8k, make_mirror, make_model, make_others
+from support.benchmarks import arc, byte_tokenizer, gsm8k, make_mirror, make_model, make_others, write_own_task
 
 from megagamma.errors import EvaluationError
 from megagamma.interop.harness import HuggingFaceOptions, evaluate
@@ -25,17 +25,6 @@ group: pair
 task: [own_easy, own_hard]
 aggregate_metric_list:
   - {metric: acc, aggregation: mean, weight_by_size: true}
-"""
-OWN = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: NAME.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices.label.index(answerKey)}}"
-doc_to_choice: "{{choices.text}}"
-metadata: {version: 7}
 """
 
 
@@ -52,8 +41,7 @@ def own(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
     folder.mkdir()
     for name, count in (("own_easy", 5), ("own_hard", 8), ("own_empty", 0)):
-        (folder / f"{name}.yaml").write_text(OWN.replace("NAME", name))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in arc(count, 2)))
+        write_own_task(folder, name, count)
     (folder / "pair.yaml").write_text(GROUP)
     return folder
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.shapes import small
 
-from megagamma.config import ModelConfig, resolve_model
 from megagamma.config_io import load_config
 from megagamma.config_rules import resolve, validate
 from megagamma.model import cost
@@ -31,14 +31,6 @@ def preset(name, **changes):
     for key, value in changes.items():
         setattr(config.model, key, value)
     return config
-
-
-def small(**changes):
-    fields = {
-        "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 24,
-        "ffn_hidden_size": 160, "vocab_size": 256, "attention_gate": "none", "qk_norm": False, **changes,
-    }  # fmt: skip
-    return resolve_model(ModelConfig(**fields))
 
 
 def stock(model):

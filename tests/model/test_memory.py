@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from support.memory import measure_step
 from support.ranks import RankPool
+from support.shapes import small
 
-from megagamma.config import Config, ModelConfig, resolve_model
+from megagamma.config import Config
 from megagamma.config_io import parse_config
 from megagamma.config_rules import resolve
 from megagamma.errors import ConfigurationError
@@ -24,15 +25,6 @@ from megagamma.model.memory import (
     stage_memory,
     stage_parameters,
 )
-
-
-def small(**changes):
-    fields = {
-        "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 24,
-        "ffn_hidden_size": 160, "vocab_size": 256, "attention_gate": "none", "qk_norm": False, **changes,
-    }  # fmt: skip
-    return resolve_model(ModelConfig(**fields))
-
 
 ROOT = Path(__file__).resolve().parents[2]
 

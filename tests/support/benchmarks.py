@@ -6,6 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+OWN = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: NAME.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices.label.index(answerKey)}}"
+doc_to_choice: "{{choices.text}}"
+metadata: {version: 7}
+"""
 HEADER = """---
 license: cc-by-sa-4.0
 configs:
@@ -46,6 +57,12 @@ def arc(count: int, seed: int) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def write_own_task(folder: Path, name: str, count: int) -> None:
+    """A task of one's own with `count` questions."""
+    (folder / f"{name}.yaml").write_text(OWN.replace("NAME", name))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in arc(count, 2)))
 
 
 def gsm8k(count: int, seed: int) -> list[dict[str, str]]:

@@ -30,12 +30,10 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
 
     from megagamma.config_io import parse_config
     from megagamma.distributed.engine import Engine, import_deepspeed
-    from megagamma.distributed.partitioned import building
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.distributed.state import partition_writer
-    from megagamma.model.gpt import build_model
     from megagamma.model.hook import fill
-    from megagamma.model.parameters import ParameterMap
+    from megagamma.training.assembly import build
     from megagamma.training.optimizer import parameter_groups
 
     world = world_from_environment()
@@ -46,9 +44,7 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     runtime.gather(0)
     baseline = resident()
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
-    with building(config, runtime, dtype):
-        chunks = build_model(config, dtype, runtime.device)
-    parameter_map = ParameterMap(list(chunks), config.model, runtime.tensor_rank, runtime.tensor_size)
+    chunks, parameter_map = build(config, runtime, dtype)
     fill(parameter_map, config, partition_writer(runtime))
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
     found: dict[str, Any] = {

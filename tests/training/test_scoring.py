@@ -7,23 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.benchmarks import arc, make_mirror
+from support.benchmarks import make_mirror, write_own_task
 from support.processes import attempt, metrics
 from support.ranks import RankPool
 from support.train import run_trainer
 
 from megagamma.training.checkpoint_tools import difference
-
-OWN = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: NAME.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices.label.index(answerKey)}}"
-doc_to_choice: "{{choices.text}}"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +20,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Own tasks: one that can be scored, one whose split is empty."""
     folder = tmp_path_factory.mktemp("tasks")
     for name, count in (("own", 6), ("own_empty", 0)):
-        (folder / f"{name}.yaml").write_text(OWN.replace("NAME", name))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in arc(count, 2)))
+        write_own_task(folder, name, count)
     return folder
 
 
