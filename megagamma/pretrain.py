@@ -18,7 +18,7 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from megagamma.cli import main_guard
-from megagamma.config_io import parse_config
+from megagamma.config.io import parse_config
 
 
 def world_size() -> int:
@@ -31,7 +31,7 @@ def world_size() -> int:
 def main() -> int:
     """Train; returns the exit code."""
     config = parse_config(program="pretrain.py", world_size=world_size())
-    from megagamma.distributed.contact import explain_lost_contact
+    from megagamma.distributed.peers import explain_lost_contact
     from megagamma.training.loop import Trainer
     from megagamma.training.setup import prepare_session
 

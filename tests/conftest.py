@@ -47,7 +47,7 @@ def four_ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder in which the embedded corpus `tiny` is prepared once."""
-    from megagamma.data.prepare import embedded_settings, prepare
+    from megagamma.data.preparation.prepare import embedded_settings, prepare
 
     cache = tmp_path_factory.mktemp("data")
     prepare(embedded_settings("tiny", str(cache)))

@@ -35,7 +35,7 @@ def in_turns(first: Callable[[], object], second: Callable[[], object], repeats:
 
 def build(arguments: list[str]) -> tuple[Any, Any]:
     """(config, engine) of a filled model on this process's CPU, without data."""
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import Runtime
     from megagamma.training.assembly import fresh_engine
 
@@ -66,8 +66,8 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megagamma.model.cost import flops_per_token, measure_matmul_peak
     from megagamma.model.parameters import logical_parameters
+    from megagamma.planning.flops import flops_per_token, measure_matmul_peak
 
     shape = ["--config", "configs/model/17m.yaml", "--model.attention_gate", "none", "--model.qk_norm", "false"]
     config, engine = build([*shape, *arguments])
@@ -145,9 +145,9 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
 
     import torch
 
-    from megagamma.config_io import as_dict
+    from megagamma.checkpoint.saver import Saver, load
+    from megagamma.config.io import as_dict
     from megagamma.distributed.replicas import fingerprint
-    from megagamma.training.checkpoint import Saver, load
 
     config, engine = build(["--config", "configs/model/30m.yaml", *arguments])
     batch = random_batch(config)
@@ -218,13 +218,13 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
 
     import torch
 
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
+    from megagamma.huggingface.export import ExportOptions, read_checkpoint, verify_weights, write_weights
+    from megagamma.huggingface.formats import choose_format
+    from megagamma.huggingface.importing import write_run
     from megagamma.initialization.streams import normal_
-    from megagamma.interop.export import ExportOptions, read_checkpoint, verify_weights, write_weights
-    from megagamma.interop.huggingface import choose_format
-    from megagamma.interop.importing import write_run
-    from megagamma.model.cost import parameter_counts
     from megagamma.model.parameters import LogicalParameter, logical_parameters
+    from megagamma.planning.flops import parameter_counts
 
     common = ["--data.corpus", "tiny", "--model.vocab_size", "32000", "--config", "configs/model/30m.yaml"]
     config = parse_config([*common, *arguments])

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megagamma.checkpoint.inspection import checkpoint_folders, describe, difference, verify_files
 from megagamma.cli import main_guard
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import write_json
-from megagamma.training.checkpoint_tools import checkpoint_folders, describe, difference, verify_files
 
 
 def inspect(known: argparse.Namespace) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from megagamma.cli import main_guard
-from megagamma.compare import as_table, comparison, plot, read_run
 from megagamma.files import write_json, write_text
+from megagamma.runs.compare import as_table, comparison, plot, read_run
 
 
 def main() -> int:

@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megagamma.checkpoint.reader import folder_name, steps_saved
 from megagamma.cli import main_guard
 from megagamma.errors import CheckpointError, ConfigurationError
-from megagamma.training.reading import folder_name, steps_saved
 
 SHARD_UNITS = {"MB": 10**6, "GB": 10**9}
 
@@ -132,7 +132,7 @@ def _wanted_steps(run: Path, wanted: str) -> list[int]:
 
 def _job_of_folder(path: Path, run: str, known: argparse.Namespace) -> Job:
     """A Hugging Face folder."""
-    from megagamma.interop.export import folder_identity
+    from megagamma.huggingface.export import folder_identity
 
     for flag, given in (("--convert_only", known.convert_only), ("--out", known.out)):
         if given:
@@ -157,8 +157,8 @@ def _home(path: Path) -> Path:
 
 def _check_converted(folder: Path, checkpoint: Path) -> None:
     """Refuse to score, in a checkpoint's name, what is not its conversion."""
-    from megagamma.interop.export import exported_origin, weights_identity
-    from megagamma.training.reading import CheckpointReader
+    from megagamma.checkpoint.reader import CheckpointReader
+    from megagamma.huggingface.export import exported_origin, weights_identity
 
     if not (folder / "config.json").exists():
         raise ConfigurationError(f"{folder}: is not there: convert it first, without --eval_only")
@@ -211,8 +211,8 @@ def convert(job: Job, known: argparse.Namespace, device: str) -> None:
     """Convert one checkpoint."""
     import torch
 
-    from megagamma.interop.export import ExportOptions, export
-    from megagamma.interop.parity import TOLERANCE
+    from megagamma.huggingface.export import ExportOptions, export
+    from megagamma.huggingface.parity import TOLERANCE
 
     assert job.checkpoint is not None
     options = ExportOptions(
@@ -232,7 +232,7 @@ def convert(job: Job, known: argparse.Namespace, device: str) -> None:
 
 def options_of(known: argparse.Namespace, eos: int | None = None) -> Any:
     """How a folder is run by lm-eval."""
-    from megagamma.interop.hf_model import HuggingFaceOptions, checked_device
+    from megagamma.evaluation.hf_model import HuggingFaceOptions, checked_device
 
     options = HuggingFaceOptions(
         device=known.device,
@@ -251,8 +251,8 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
     Raises:
         MegagammaError: what must be mended.
     """
+    from megagamma.evaluation.harness import checked_limit
     from megagamma.files import read_json, require_writable
-    from megagamma.interop.harness import checked_limit
 
     checked_limit(known.limit)
     options_of(known)
@@ -269,10 +269,10 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
 
 def score(jobs: list[Job], known: argparse.Namespace) -> int:
     """Score converted models; prints and writes tables. Returns the exit code."""
-    from megagamma.interop.curves import Scored, table, write
-    from megagamma.interop.export import exported_origin, folder_identity
-    from megagamma.interop.harness import evaluate
-    from megagamma.interop.tasks import TaskRequest
+    from megagamma.evaluation.curves import Scored, table, write
+    from megagamma.evaluation.harness import evaluate
+    from megagamma.evaluation.tasks import TaskRequest
+    from megagamma.huggingface.export import exported_origin, folder_identity
 
     request = TaskRequest(known.tasks, known.include_path)
     items, failed = [], 0
@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     if known.threads < 0:
         raise ConfigurationError(f"--threads {known.threads}: must be 0 or more")
     if known.list_tasks:
-        from megagamma.interop.tasks import check, describe
+        from megagamma.evaluation.tasks import check, describe
 
         print("\n".join(describe(check(known.tasks, known.include_path, known.mirror))))
         return 0
@@ -338,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = _device(known)
     if not known.convert_only:
         # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
-        from megagamma.interop.tasks import check
+        from megagamma.evaluation.tasks import check
 
         check(known.tasks, known.include_path, known.mirror)
         check_scoring(jobs, known)
@@ -356,7 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _device(known: argparse.Namespace) -> str:
     """`--device` as torch knows it."""
-    from megagamma.interop.hf_model import HuggingFaceOptions, checked_device
+    from megagamma.evaluation.hf_model import HuggingFaceOptions, checked_device
 
     return checked_device(HuggingFaceOptions(device=known.device))
 

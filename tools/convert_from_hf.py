@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from megagamma.cli import main_guard
-from megagamma.interop.importing import import_model
+from megagamma.huggingface.importing import import_model
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 from megagamma.cli import main_guard
-from megagamma.compare import as_table, comparison, plot, read_run
 from megagamma.errors import MegagammaError
 from megagamma.files import write_json, write_text
-from megagamma.training.metrics import duration
+from megagamma.reporting.log import duration
+from megagamma.runs.compare import as_table, comparison, plot, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 GAMMAS = (1.0, 0.5)
@@ -45,9 +45,9 @@ def train(gamma: float, arguments: list[str]) -> Path:
 def convert_and_score(run: Path) -> None:
     """Convert a run's last checkpoint and score it on continuations of held-out text, as a user would."""
     # Imported late: it brings in torch.
-    from megagamma.config_io import load_config
+    from megagamma.config.io import load_config
     from megagamma.data.sources import prepared_folders
-    from megagamma.interop.continuation import NAME, write_continuation
+    from megagamma.evaluation.continuation import NAME, write_continuation
 
     (prepared, *_) = prepared_folders(load_config(run / "config.yaml"))
     tasks = write_continuation(ROOT / prepared, ROOT / "runs" / "demo" / "tasks")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megagamma.cli import main_guard
 from megagamma.files import write_text
-from megagamma.training.equality import Layout, Pools, all_layouts, compare, equality_table, trace
+from megagamma.testing.equality import Layout, Pools, all_layouts, compare, equality_table, trace
 
 VARIANTS = {
     "elementwise gate": [],

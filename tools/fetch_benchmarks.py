@@ -21,9 +21,9 @@ import yaml
 
 from megagamma.cli import main_guard
 from megagamma.errors import ConfigurationError, EvaluationError
+from megagamma.evaluation.mirror import HEADER, VARIABLE, folder_of, header, holds
+from megagamma.evaluation.tasks import TaskRequest, dataset_configs, plan
 from megagamma.files import advice, require_writable
-from megagamma.interop.mirror import HEADER, VARIABLE, folder_of, header, holds
-from megagamma.interop.tasks import TaskRequest, dataset_configs, plan
 
 # Data, and the README whose header names the configs. Loading scripts are left out: `datasets` runs none any more.
 PATTERNS = [

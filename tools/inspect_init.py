@@ -18,9 +18,9 @@ from typing import Any
 import jsonargparse
 
 from megagamma.cli import main_guard
-from megagamma.config import Config, padded_vocab_size
-from megagamma.config_io import build_parser, parse_namespace, to_config
-from megagamma.config_rules import resolve, validate
+from megagamma.config.io import build_parser, parse_namespace, to_config
+from megagamma.config.rules import resolve, validate
+from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.errors import ConfigurationError
 
 DEFAULT_VOCABULARY = 32000  # Llama 2's
@@ -143,8 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     # torch is imported only now, so that --help and a mistyped knob are answered at once.
     from megagamma.files import write_json
     from megagamma.initialization.report import NormSaturation, saturation_lines
-    from megagamma.model.inspection import inspect
-    from megagamma.model.memory import check_fits
+    from megagamma.planning.memory import check_fits
+    from megagamma.planning.preview import inspect
 
     result = inspect(config, namespace.world_size, namespace.tensor_level, namespace.compare)
     print_shape(config)

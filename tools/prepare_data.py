@@ -17,9 +17,9 @@ import logging
 import os
 import sys
 
-from megagamma.data.corpus import EMBEDDED_CORPORA, FORMATS, Source
-from megagamma.data.indexing import verify_prepared
-from megagamma.data.prepare import PrepareSettings, prepare
+from megagamma.data.preparation.corpus import EMBEDDED_CORPORA, FORMATS, Source
+from megagamma.data.preparation.indexing import verify_prepared
+from megagamma.data.preparation.prepare import PrepareSettings, prepare
 from megagamma.errors import ConfigurationError, MegagammaError
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megagamma.data.indexing import verify_prepared
+from megagamma.data.preparation.indexing import verify_prepared
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 

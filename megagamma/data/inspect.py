@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from megagamma.config_io import load_config
+from megagamma.config.io import load_config
 from megagamma.data.batches import inspect_batch
+from megagamma.data.schedule import batch_size, samples_before, total_steps
 from megagamma.data.sources import open_data
 from megagamma.errors import ConfigurationError
-from megagamma.training.schedule import batch_size, samples_before, total_steps
 
 
 def print_batch(config_path: str, step: int, rows: int) -> None:

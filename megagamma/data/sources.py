@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagamma.config import Config
+from megagamma.config.schema import Config
 from megagamma.data.batches import BatchSource, Blend, Corpus, CorpusSampler, ValidationSet
-from megagamma.data.indexing import verify_prepared
-from megagamma.data.prepare import embedded_settings, prepare
+from megagamma.data.preparation.indexing import verify_prepared
+from megagamma.data.preparation.prepare import embedded_settings, prepare
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 

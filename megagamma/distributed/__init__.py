@@ -1,0 +1,1 @@
+"""Processes, their groups, and the engine: Megatron-core's schedule and DeepSpeed's optimizer on any layout."""

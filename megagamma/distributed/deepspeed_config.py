@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megagamma.config import Config
-from megagamma.config_rules import deepspeed_file, read_deepspeed_json, zero_stage
+from megagamma.config.rules import deepspeed_file, read_deepspeed_json, zero_stage
+from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 
 # What our own knobs decide. DeepSpeed's optimizer and scheduler sections would shadow them.

@@ -23,8 +23,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megagamma.config import Config
-from megagamma.config_rules import zero_stage
+from megagamma.config.rules import zero_stage
+from megagamma.config.schema import Config
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import OptimizerState

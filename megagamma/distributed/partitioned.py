@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from megagamma.config import Config
-from megagamma.config_rules import zero_stage
+from megagamma.config.rules import zero_stage
+from megagamma.config.schema import Config
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.distributed.engine import ModelParallelUnit, import_deepspeed
 from megagamma.distributed.runtime import Runtime

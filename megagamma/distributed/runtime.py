@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 
-from megagamma.config import Config
+from megagamma.config.schema import Config
 from megagamma.distributed.rendezvous import meet
 from megagamma.errors import ConfigurationError, MegagammaError
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megagamma.config import InitConfig
+from megagamma.config.schema import InitConfig
 
 # The two matrices of a layer whose output is added to the residual stream.
 RESIDUAL_ROLES = ("attention_output", "mlp_down")
@@ -33,7 +33,7 @@ def fan_in(role: str, shape: tuple[int, ...], hidden_size: int, residual_fan_in:
     """d_in of a logical matrix.
 
     Args:
-        role: one of `megagamma.config.ROLES`.
+        role: one of `megagamma.config.schema.ROLES`.
         shape: global shape, (out, in) for projections and (vocabulary, hidden) for embedding and head.
         hidden_size: width of the residual stream.
         residual_fan_in: `d_in` takes the true fan-in of the two residual-writing matrices (heads x head_dim and
@@ -58,7 +58,7 @@ def target_std(init: InitConfig, role: str, d_in: int, shape: ModelShape) -> flo
 
     Args:
         init: scheme, exponents and flags.
-        role: one of `megagamma.config.ROLES`.
+        role: one of `megagamma.config.schema.ROLES`.
         d_in: from `fan_in`.
         shape: hidden size and depth of the model.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megagamma.config import ROLES, InitConfig, ModelConfig
+from megagamma.config.schema import ROLES, InitConfig, ModelConfig
 from megagamma.errors import InitializationError
 from megagamma.initialization.gamma import attenuation, effective_gamma, relative_standard_error
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from megagamma.config import Config, padded_vocab_size
+from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.errors import ConfigurationError
 from megagamma.model.attention import (
     ElementwiseGatedAttention,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagamma.config import ModelConfig, padded_vocab_size
+from megagamma.config.schema import ModelConfig, padded_vocab_size
 from megagamma.initialization.gamma import fan_in
 
 Rows = tuple[int, int]

@@ -1,0 +1,1 @@
+"""The loop, which knows when, and its callbacks, which know what."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from megagamma.config import Config
+from megagamma.config.schema import Config
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.partitioned import building
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
 from megagamma.model.gpt import build_model
-from megagamma.model.hook import fill
+from megagamma.model.initialize import fill
 from megagamma.model.parameters import ParameterMap
 from megagamma.training.optimizer import parameter_groups
 

@@ -8,7 +8,7 @@ import signal
 from collections import deque
 from types import FrameType
 
-from megagamma.config import GuardConfig
+from megagamma.config.schema import GuardConfig
 
 
 class LossGuard:

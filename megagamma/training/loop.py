@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
-from megagamma.config_io import as_dict
+from megagamma.checkpoint import saver as checkpoint
+from megagamma.checkpoint.reader import steps_saved
+from megagamma.config.io import as_dict
 from megagamma.data.batches import microbatch_ids
+from megagamma.data.schedule import batch_size
 from megagamma.distributed.replicas import check_replicas
 from megagamma.distributed.straggler import find_straggler
 from megagamma.errors import TrainingError
-from megagamma.model.cost import flops_per_token, known_peak_flops, measure_matmul_peak
-from megagamma.training import checkpoint
+from megagamma.evaluation.callback import score_live
+from megagamma.planning.flops import flops_per_token, known_peak_flops, measure_matmul_peak
+from megagamma.reporting.log import duration, validation_line
 from megagamma.training.guard import LossGuard, StopSignals
-from megagamma.training.metrics import duration, validation_line
-from megagamma.training.reading import steps_saved
 from megagamma.training.sampling import continue_text
-from megagamma.training.schedule import batch_size, learning_rate
-from megagamma.training.scoring import score_live
+from megagamma.training.schedule import learning_rate
 from megagamma.training.setup import Session
 
 # Exit code of a run that a signal stopped after it saved: start it again to go on (EX_TEMPFAIL of sysexits.h).

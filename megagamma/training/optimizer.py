@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megagamma.config import OptimizerConfig
+from megagamma.config.schema import OptimizerConfig
 from megagamma.model.parameters import MappedTensor, ParameterMap
 
 

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 
-from megagamma.config import Config
-from megagamma.config_io import as_dict, differences, from_dict, save_config
+from megagamma.checkpoint import reader as reading
+from megagamma.checkpoint import saver as checkpoint
+from megagamma.config.io import as_dict, differences, from_dict, save_config
+from megagamma.config.schema import Config
+from megagamma.data.schedule import total_steps
 from megagamma.data.sources import RunData, open_data
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
 from megagamma.errors import CheckpointError, ConfigurationError
+from megagamma.evaluation.callback import check_harness
 from megagamma.files import copy_file, require_writable, write_json
 from megagamma.initialization.report import (
     MatrixReport,
@@ -27,16 +31,13 @@ from megagamma.initialization.report import (
     saturation_lines,
     table,
 )
-from megagamma.model.hook import draw, fill, report_drawn
-from megagamma.model.memory import check_fits
+from megagamma.model.initialize import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
-from megagamma.training import checkpoint, reading
+from megagamma.planning.memory import check_fits
+from megagamma.reporting.log import Reporter
+from megagamma.runs.provenance import provenance
 from megagamma.training.assembly import build
-from megagamma.training.metrics import Reporter
 from megagamma.training.optimizer import describe_groups, parameter_groups
-from megagamma.training.provenance import provenance
-from megagamma.training.schedule import total_steps
-from megagamma.training.scoring import check_harness
 
 
 def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str | None]:

@@ -165,7 +165,7 @@ def _bf16_masters(arguments: list[str]) -> dict[str, Any]:
     import deepspeed
     import torch
 
-    from megagamma.model.hook import draw
+    from megagamma.model.initialize import draw
     from megagamma.training.setup import _refine_masters
 
     config, engine = build_engine(arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from support.ranks import RankPool
 
-from megagamma.training.equality import Layout, Trace, all_layouts, compare, trace
+from megagamma.testing.equality import Layout, Trace, all_layouts, compare, trace
 
 STEPS = 20
 LAYOUTS = [

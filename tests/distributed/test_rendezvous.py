@@ -81,7 +81,7 @@ def test_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fails_on(rank: int) -> str:
     """What every rank hears when one of them cannot read its data."""
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.errors import DataError
 

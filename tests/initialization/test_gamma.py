@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from megagamma.config import ROLES, InitConfig, ModelConfig, resolve_model
+from megagamma.config.schema import ROLES, InitConfig, ModelConfig, resolve_model
 from megagamma.initialization.gamma import (
     ModelShape,
     attenuation,

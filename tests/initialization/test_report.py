@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megagamma.config import InitConfig, ModelConfig
+from megagamma.config.schema import InitConfig, ModelConfig
 from megagamma.errors import InitializationError
 from megagamma.initialization import report
 from megagamma.initialization.report import Moments, by_role, check, measure, norm_saturation, saturation_lines

@@ -27,10 +27,10 @@ def compare(arguments: list[str], mistakes: dict[str, float | str]) -> dict[str,
     import torch
     from support.reference import build_reference, gradients_to_logical, to_reference
 
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import Runtime
     from megagamma.model.gpt import build_model
-    from megagamma.model.hook import fill
+    from megagamma.model.initialize import fill
     from megagamma.model.parameters import ParameterMap
 
     config = parse_config([*SHAPE, *arguments])

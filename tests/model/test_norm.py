@@ -27,10 +27,10 @@ TABLE = {
 
 def first_norm_rms(width: int, rows: list[tuple[float, float]]) -> list[float]:
     """RMS of the first norm's output in a really built and filled model, for several (gamma, epsilon)."""
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import Runtime
     from megagamma.model.gpt import build_model
-    from megagamma.model.hook import fill
+    from megagamma.model.initialize import fill
     from megagamma.model.parameters import ParameterMap
 
     found = []
@@ -112,7 +112,7 @@ def test_small_bf16_inputs_keep_their_scale(form: str) -> None:
 
 
 def wrong_epsilon() -> str:
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import Runtime
     from megagamma.model.gpt import assert_norms, build_model
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from megagamma.config import ROLES, ModelConfig, resolve_model
+from megagamma.config.schema import ROLES, ModelConfig, resolve_model
 from megagamma.model.parameters import (
     MappedTensor,
     ParameterMap,

@@ -29,12 +29,12 @@ def save_model(arguments: list[str], folder: str) -> str:
     """Inside a rank: draw a model, give its norms gains other than 1, and save it as a run of step 7 would."""
     import torch
 
-    from megagamma.config_io import as_dict, parse_config, save_config
+    from megagamma.checkpoint.saver import Saver
+    from megagamma.config.io import as_dict, parse_config, save_config
     from megagamma.data.tokenizer import Tokenizer
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.files import copy_file
     from megagamma.training.assembly import fresh_engine
-    from megagamma.training.checkpoint import Saver
 
     world = world_from_environment()
     given = ["--config", "configs/smoke.yaml", *SHAPE, *arguments, "--run.folder", folder]

@@ -28,11 +28,11 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     """
     import torch
 
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.engine import Engine, import_deepspeed
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.distributed.state import partition_writer
-    from megagamma.model.hook import fill
+    from megagamma.model.initialize import fill
     from megagamma.training.assembly import build
     from megagamma.training.optimizer import parameter_groups
 
@@ -86,12 +86,12 @@ def measure_build(arguments: list[str], spread: bool) -> dict[str, int]:
 
     import torch
 
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.partitioned import building
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.distributed.state import partition_writer
     from megagamma.model.gpt import build_model
-    from megagamma.model.hook import fill
+    from megagamma.model.initialize import fill
     from megagamma.model.parameters import ParameterMap
 
     world = world_from_environment()

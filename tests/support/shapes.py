@@ -1,6 +1,6 @@
 """A small resolved model, by formula and for real."""
 
-from megagamma.config import ModelConfig, resolve_model
+from megagamma.config.schema import ModelConfig, resolve_model
 
 
 def small(**changes):

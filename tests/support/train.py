@@ -11,7 +11,7 @@ def build_engine(arguments: list[str]) -> tuple[Any, Any]:
     """(config, engine) of a smoke-sized model on this rank; the world is the pool's."""
     import torch
 
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.data.sources import open_data
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.training.assembly import fresh_engine
@@ -53,7 +53,7 @@ def train_steps(arguments: list[str], steps: int) -> list[tuple[float, float]]:
 
 def run_trainer(arguments: list[str]) -> int:
     """A whole run, as `megagamma/pretrain.py` makes it; returns its exit code."""
-    from megagamma.config_io import parse_config
+    from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import world_from_environment
     from megagamma.training.loop import Trainer
     from megagamma.training.setup import prepare_session

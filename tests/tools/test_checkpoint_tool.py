@@ -16,11 +16,11 @@ import torch
 from support.ranks import RankPool
 from support.train import run_trainer
 
+from megagamma.checkpoint import inspection as checkpoint_tools
+from megagamma.checkpoint.inspection import compare_tensors, config_differences, natural
+from megagamma.checkpoint.reader import FORMAT_VERSION, CheckpointReader, folder_name, tensor_key
+from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.cli import main_guard
-from megagamma.training import checkpoint_tools
-from megagamma.training.checkpoint_tools import compare_tensors, config_differences, natural
-from megagamma.training.reading import FORMAT_VERSION, CheckpointReader, folder_name, tensor_key
-from megagamma.training.shards import ShardWriter
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "checkpoint.py"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -12,8 +12,8 @@ import pytest
 from support.processes import attempt, metrics
 from support.ranks import RankPool
 
-from megagamma.compare import as_table, comparison, read_run
 from megagamma.errors import DataError
+from megagamma.runs.compare import as_table, comparison, read_run
 
 GAMMAS = {"usual": 0.5, "small": 1.0}
 

@@ -18,7 +18,7 @@ import pytest
 from support.benchmarks import make_mirror
 
 from megagamma.errors import ConfigurationError, EvaluationError
-from megagamma.interop import mirror
+from megagamma.evaluation import mirror
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megagamma.cli import main_guard
-from megagamma.config import Config, InitConfig, resolve_model
+from megagamma.config.schema import Config, InitConfig, resolve_model
 from megagamma.initialization.report import Moments
 from megagamma.initialization.streams import normal_
-from megagamma.model import inspection
-from megagamma.model.inspection import compare_schemes, sample_rows
+from megagamma.planning import preview as inspection
+from megagamma.planning.preview import compare_schemes, sample_rows
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "inspect_init.py"

@@ -13,8 +13,8 @@ import pytest
 from support.processes import attempt, attempt_with_small_files, finish, losses, snapshot, start
 from support.ranks import RankPool
 
-from megagamma.data.prepare import embedded_settings, prepare
-from megagamma.training.reading import read_manifest, steps_saved, verify
+from megagamma.checkpoint.reader import read_manifest, steps_saved, verify
+from megagamma.data.preparation.prepare import embedded_settings, prepare
 
 Refuse = Callable[..., str]
 

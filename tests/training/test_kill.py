@@ -10,7 +10,7 @@ from pathlib import Path
 from support.processes import attempt, losses, metrics, start, wait_until
 from support.ranks import RankPool
 
-from megagamma.training.reading import read_manifest, steps_saved, verify
+from megagamma.checkpoint.reader import read_manifest, steps_saved, verify
 
 STEPS = 8
 

@@ -13,7 +13,7 @@ from support.forked import launch
 from support.processes import attempt, losses, metrics
 from support.ranks import RankPool
 
-from megagamma.training.reading import read_manifest, steps_saved, verify
+from megagamma.checkpoint.reader import read_manifest, steps_saved, verify
 
 KILLS, STEPS = 20, 64
 LAYOUTS = [

@@ -12,7 +12,7 @@ import pytest
 from support.processes import attempt, finish, losses, metrics, start, wait_until
 from support.ranks import RankPool
 
-from megagamma.training.checkpoint import steps_saved
+from megagamma.checkpoint.saver import steps_saved
 
 
 def arguments(folder: Path, data_cache: str, steps: int) -> list[str]:

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from megagamma.config import Config, DataConfig, RunConfig, ScheduleConfig
-from megagamma.training.schedule import batch_size, learning_rate, samples_before, total_steps, warmup_steps
+from megagamma.config.schema import Config, DataConfig, RunConfig, ScheduleConfig
+from megagamma.data.schedule import batch_size, samples_before, total_steps
+from megagamma.training.schedule import learning_rate, warmup_steps
 
 PEAK, STEPS, WARM = 2.0, 110, 10
 

@@ -13,7 +13,7 @@ import pytest
 from support.processes import ROOT, attempt, attempt_with_signal, finish, losses, metrics, start, wait_until
 from support.ranks import RankPool
 
-from megagamma.training.reading import steps_saved
+from megagamma.checkpoint.reader import steps_saved
 
 STEPS = 40
 

@@ -1,0 +1,1 @@
+"""Checkpoints by logical name: writing, reading and looking at them."""

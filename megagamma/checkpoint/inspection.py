@@ -1,0 +1,226 @@
+"""Looking at checkpoints: what is in one, whether it is sound, and where two differ.
+
+Works on files alone, one tensor at a time and of that a piece at a time: neither a model nor its memory is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megagamma.checkpoint.reader import CheckpointReader, folder_name, read_manifest, steps_saved, verify
+from megagamma.errors import CheckpointError
+
+_PIECE = 1 << 22  # elements that are looked at together; unit: 32 MiB of float64
+
+
+def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:
+    """The finished checkpoints that a path means, oldest first.
+
+    Args:
+        path: a checkpoint's folder, a run's, or a run's `checkpoints`.
+        step: of a run's checkpoints only this one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder: give a checkpoint's, or a run's")
+    if (path / "checkpoint.json").exists() or re.fullmatch(r"step_\d{8}", path.resolve().name):
+        if step is not None and path.resolve().name != folder_name(step):
+            raise CheckpointError(f"--step {step}: {path} is one checkpoint: give the run's folder")
+        return [path]
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = steps_saved(root)
+    if not steps:
+        raise CheckpointError(f"{path}: holds no finished checkpoint: give a checkpoint's folder, or a run's")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"--step {step}: {path} has checkpoints of steps {', '.join(map(str, steps))}")
+    return [root / folder_name(one) for one in (steps if step is None else [step])]
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Sorting key of a tensor's name: layers by number, the head last."""
+    parts = re.split(r"(\d+)", name)
+    return (not name.startswith("model."), *(int(part) if part.isdigit() else part for part in parts))
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    return list(tensor.reshape(-1).split(_PIECE))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What is in a checkpoint, as plain values: units in the names. The table does not depend on the layout.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    reader = CheckpointReader(folder)
+    manifest, weights = reader.manifest, 0
+    rows: list[dict[str, Any]] = []
+    verify(folder, manifest, full=False)
+    for name in sorted(reader.names(), key=natural):
+        tensor = reader.read("weight", name)
+        total = square = 0.0
+        bad = 0
+        for piece in _pieces(tensor):
+            wide = piece.double()
+            total, square = total + float(wide.sum()), square + float(wide.square().sum())
+            bad += int((~wide.isfinite()).sum())
+        count = max(tensor.numel(), 1)
+        weights += tensor.numel()
+        rows.append(
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "std": math.sqrt(max(square / count - (total / count) ** 2, 0.0)) if not bad else math.nan,
+                "rms": math.sqrt(square / count) if not bad else math.nan,
+                "not_finite": bad,
+            }
+        )
+    kinds = dict.fromkeys(entry["kind"] for entry in manifest["files"])
+    return {
+        "folder": str(folder),
+        "format_version": manifest["version"],
+        "step": manifest["step"],
+        "adam_step": manifest["adam_step"],
+        "samples": manifest["consumed_samples"],
+        "tokens": manifest["consumed_samples"] * manifest["config"]["data"]["sequence_length"],
+        "training_seconds": manifest["seconds"],
+        "tensors": rows,
+        "weights": weights,
+        "kinds": {kind: sum(len(e["tensors"]) for e in manifest["files"] if e["kind"] == kind) for kind in kinds},
+        "files": [{key: entry[key] for key in ("file", "kind", "bytes")} for entry in manifest["files"]],
+        "total_bytes": sum(entry["bytes"] for entry in manifest["files"]),
+    }
+
+
+def verify_files(folder: Path, full: bool = True) -> list[dict[str, Any]]:
+    """Check every file of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        full: checksums too, not only sizes.
+
+    Returns:
+        File and problem ("" for a sound one), for the manifest and then every file that it lists.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return [{"file": "checkpoint.json", "problem": str(error)}]
+    found = [{"file": "checkpoint.json", "problem": ""}]
+    files = manifest["files"]
+    for index, entry in enumerate(files):
+        problem = ""
+        try:
+            verify(folder, manifest, full, share=(index, len(files)))
+        except CheckpointError as error:
+            problem = str(error)
+        found.append({"file": entry["file"], "problem": problem})
+    return found
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One logical tensor of two checkpoints."""
+
+    kind: str
+    name: str
+    absolute: float
+    """Largest |a - b|; infinite where only one of the two numbers is finite."""
+    relative: float
+    """`absolute` over the largest |a| or |b| of the tensor: an element near 0 alone does not make it large."""
+    note: str = ""
+    """Why they cannot be compared: the tensor is in one only, or has another shape."""
+
+
+def compare_tensors(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Largest absolute and relative difference of two tensors of one shape, as in `TensorDifference`."""
+    absolute = largest = 0.0
+    for left, right in zip(_pieces(a), _pieces(b), strict=True):
+        left, right = left.double(), right.double()
+        same = (left == right) | (left.isnan() & right.isnan())
+        gap = (left - right).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+        size = left.abs().maximum(right.abs())
+        absolute = max(absolute, float(gap.max()) if gap.numel() else 0.0)
+        largest = max(largest, float(size[size.isfinite()].max()) if bool(size.isfinite().any()) else 0.0)
+    if absolute == 0.0:
+        return 0.0, 0.0
+    return absolute, absolute / largest if largest and math.isfinite(absolute) else math.inf
+
+
+def compare(folder_a: Path, folder_b: Path) -> list[TensorDifference]:
+    """Every weight and moment of two checkpoints, in the order of the model, kind by kind.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    a, b = CheckpointReader(folder_a), CheckpointReader(folder_b)
+    for reader in (a, b):
+        verify(reader.folder, reader.manifest, full=False)
+
+    def tensors(reader: CheckpointReader) -> set[tuple[str, str]]:
+        return {(entry["kind"], name) for entry in reader.manifest["files"] for name in entry["tensors"]}
+
+    in_a, in_b = tensors(a), tensors(b)
+    kinds = {entry["kind"]: None for reader in (a, b) for entry in reader.manifest["files"]}
+    order = {kind: index for index, kind in enumerate(kinds)}
+    found = []
+    for kind, name in sorted(in_a | in_b, key=lambda pair: (order[pair[0]], natural(pair[1]))):
+        if (kind, name) not in in_a or (kind, name) not in in_b:
+            note = "only in the " + ("first" if (kind, name) in in_a else "second")
+            found.append(TensorDifference(kind, name, math.inf, math.inf, note))
+            continue
+        left, right = a.read(kind, name), b.read(kind, name)
+        if left.shape != right.shape:
+            note = f"{list(left.shape)} and {list(right.shape)}"
+            found.append(TensorDifference(kind, name, math.inf, math.inf, note))
+            continue
+        found.append(TensorDifference(kind, name, *compare_tensors(left, right)))
+    return found
+
+
+def config_differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Knobs that differ between two checkpoints' configs, as `section.key: a -> b`; those of older formats too."""
+    found = []
+    for key in dict.fromkeys([*a, *b]):
+        left, right = a.get(key, "(not a knob)"), b.get(key, "(not a knob)")
+        if not prefix and isinstance(left, dict) and isinstance(right, dict):
+            found += config_differences(left, right, f"{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left} -> {right}")
+    return found
+
+
+def difference(folder_a: Path, folder_b: Path, tolerance: float = 0.0) -> dict[str, Any]:
+    """Two checkpoints side by side, as plain values.
+
+    Args:
+        folder_a: a checkpoint.
+        folder_b: another.
+        tolerance: a tensor differs when its relative difference is larger.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    first, second = read_manifest(folder_a), read_manifest(folder_b)
+    tensors = compare(folder_a, folder_b)
+    differ = [row for row in tensors if row.note or row.relative > tolerance]
+    return {
+        "folders": [str(folder_a), str(folder_b)],
+        "steps": [first["step"], second["step"]],
+        "samples": [first["consumed_samples"], second["consumed_samples"]],
+        "tolerance": tolerance,
+        "equal": not differ,
+        "compared": len(tensors),
+        "largest_relative": max((row.relative for row in tensors), default=0.0),
+        "different": [asdict(row) for row in differ],
+        "knobs": config_differences(first["config"], second["config"]),
+    }

@@ -1,0 +1,234 @@
+"""Reading, printing and writing a `Config`: command line, YAML files, the copy in the run's folder.
+
+The command line is built from the dataclasses of `megagamma.config.schema` by jsonargparse, so that a knob is
+described in one place only. Nothing here imports torch: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jsonargparse
+import yaml
+
+from megagamma.config.rules import resolve, validate
+from megagamma.config.schema import Config
+from megagamma.errors import ConfigurationError
+
+# Names of earlier or neighbouring tools, so that a user of those is told ours.
+_SYNONYMS = {
+    "model.n_layer": "model.num_layers",
+    "model.n_head": "model.num_attention_heads",
+    "model.rms_norm_eps": "model.norm_epsilon",
+    "model.rmsnorm_eps": "model.norm_epsilon",
+    "model.layernorm_epsilon": "model.norm_epsilon",
+    "optimizer.learning_rate": "optimizer.lr",
+    "optimizer.max_grad_norm": "optimizer.clip_grad",
+    "parallel.tp": "parallel.tensor",
+    "parallel.pp": "parallel.pipeline",
+    "learning_rate": "optimizer.lr",
+    "data.seq_length": "data.sequence_length",
+    "run.max_steps": "run.steps",
+}
+
+# Types in the words of a YAML file.
+_WORDS = {
+    "a typing.Literal": "one of ",
+    "<class 'int'>": "whole number",
+    "<class 'float'>": "number",
+    "a <class 'bool'>": "true or false",
+    "a <class 'str'>": "text (in quotes where it looks like a number)",
+    "a <class 'list'>": "a list, such as [first, second]",
+    "a <class 'dict'>": "a mapping, such as {name: value}",
+    "<class 'NoneType'>": "null",
+}
+
+
+def known_keys() -> list[str]:
+    """Every knob as `section.key`, and the top-level ones."""
+    keys = []
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind):
+            keys += [f"{name}.{item.name}" for item in dataclasses.fields(kind)]
+        else:
+            keys.append(name)
+    return keys
+
+
+def build_parser(program: str | None = None, description: str = "") -> jsonargparse.ArgumentParser:
+    """The command-line parser whose schema is `Config`; programs may add arguments of their own to it."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=program, description=description, exit_on_error=False, default_env=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file of knobs; repeatable, later files win.")
+    hints = get_type_hints(Config)
+    for item in dataclasses.fields(Config):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            parser.add_class_arguments(kind, item.name)
+        else:
+            parser.add_argument(
+                f"--{item.name}",
+                type=kind,
+                default=item.default,
+                help="DeepSpeed's JSON file; its 'auto' values are filled from the knobs, contradictions are refused. "
+                "auto: configs/deepspeed/zero1.json, or zero0.json for fp32 on one data-parallel rank, where there is "
+                "nothing to shard.",
+            )
+    # The deepspeed launcher passes this to every process; the environment's LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, default=-1, help=jsonargparse.SUPPRESS)
+    return parser
+
+
+def _explain(error: BaseException) -> str:
+    """A parser's complaint as one sentence, with the nearest known knob where a key is unknown."""
+    text = " ".join(str(error).split())
+    unknown = re.search(
+        r"unrecognized arguments: -{0,2}([\w.\-]+)|Option '([^']+)' is not accepted"
+        r"|Group '([^']+)' does not accept option '([^']+)'",
+        text,
+    )
+    if unknown:
+        flag, option, group, member = unknown.groups()
+        key = f"{group}.{member}" if group else (flag or option)
+        near = _SYNONYMS.get(key)
+        if near is None:
+            matches = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+            if not matches:
+                leaf = key.rsplit(".", 1)[-1]
+                leaves = {known.rsplit(".", 1)[-1]: known for known in known_keys()}
+                matches = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+            near = matches[0] if matches else None
+        hint = f"did you mean {near}?" if near else "see --help for every knob"
+        return f"{key} is not a knob: {hint}"
+    text = re.sub(r"Parser key \"?([\w.]+)\"?:", r"\1:", text)
+    # A knob that may be left out: of its two complaints only the one about the other type helps.
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes .*Errors: - (.*?) - .*Given value: (.*)",
+        r"\1, or null. Got value: \2",
+        text,
+    )
+    for found, word in _WORDS.items():
+        text = text.replace(found, word)
+    return text
+
+
+def to_config(namespace: Any) -> Config:
+    """A parsed jsonargparse namespace as a `Config`."""
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        value = namespace[name]
+        if dataclasses.is_dataclass(kind):
+            section = value.as_dict() if hasattr(value, "as_dict") else dict(vars(value))
+            value = kind(**section)  # type: ignore[operator]
+        values[name] = value
+    config = Config(**values)
+    config.optimizer.betas = tuple(config.optimizer.betas)  # type: ignore[assignment]
+    return config
+
+
+def _check_file(path: str) -> None:
+    """Refuse a file whose form is not that of a config, naming it; its knobs are the parser's matter.
+
+    Raises:
+        ConfigurationError: missing, not YAML, or not sections of knobs.
+    """
+    if not os.path.isfile(path):
+        raise ConfigurationError(f"--config {path}: there is no such file: give the path of a YAML file")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"--config {path}: not YAML ({reason}): mend the file") from error
+    if not isinstance(values, dict):
+        what = "empty" if values is None else f"a {type(values).__name__}"
+        raise ConfigurationError(f"--config {path}: is {what}: give sections of knobs, such as 'run: {{steps: 10}}'")
+    for name, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind) and name in values and not isinstance(values[name], dict):
+            raise ConfigurationError(
+                f"--config {path}: {name}={values[name]!r}: {name} is a section: give its knobs, such as "
+                f"'{name}: {{{dataclasses.fields(kind)[0].name}: ...}}'"
+            )
+
+
+def parse_namespace(parser: jsonargparse.ArgumentParser, arguments: list[str] | None = None) -> Any:
+    """Parse, turning every complaint of the parser into a `ConfigurationError`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for position, argument in enumerate(arguments):
+        path = ""
+        if argument == "--config" and position + 1 < len(arguments):
+            path = arguments[position + 1]
+        elif argument.startswith("--config="):
+            path = argument.split("=", 1)[1]
+        if path:
+            _check_file(path)
+    try:
+        return parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        raise ConfigurationError(_explain(error)) from error
+
+
+def parse_config(arguments: list[str] | None = None, program: str | None = None, world_size: int = 1) -> Config:
+    """Command line -> resolved and validated config.
+
+    Args:
+        arguments: the command line without the program's name; default `sys.argv[1:]`.
+        program: name in `--help`.
+        world_size: number of processes that the run has, for the rules about layouts.
+
+    Raises:
+        ConfigurationError: an unknown knob, a bad value, or a rule between knobs that is broken.
+    """
+    parser = build_parser(program, "Pretrain a GPT whose initialization is a knob, with Megatron-core and DeepSpeed.")
+    config = resolve(to_config(parse_namespace(parser, arguments)))
+    validate(config, world_size)
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config file written by `save_config` (or by hand); resolved, not validated for a world size."""
+    parser = build_parser()
+    return resolve(to_config(parse_namespace(parser, [f"--config={path}"])))
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as plain dictionaries and lists, as YAML and JSON take it."""
+    values = dataclasses.asdict(config)
+    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+    return values
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `as_dict` gave. Keys of a section that are not there take their defaults."""
+    sections: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config).items():
+        if name in values:
+            sections[name] = kind(**values[name]) if dataclasses.is_dataclass(kind) else values[name]  # type: ignore[operator]
+    config = Config(**sections)
+    config.optimizer.betas = tuple(config.optimizer.betas)  # type: ignore[assignment]
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the complete config as YAML, atomically; `load_config` gives the same config back."""
+    from megagamma.files import write_text
+
+    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False))
+
+
+def differences(old: Config, new: Config, sections: tuple[str, ...]) -> list[str]:
+    """Knobs of `sections` that differ, as `section.key: old -> new`."""
+    before, after = as_dict(old), as_dict(new)
+    return [
+        f"{section}.{key}: {before[section][key]} -> {after[section][key]}"
+        for section in sections
+        for key in after[section]
+        if before[section].get(key) != after[section][key]
+    ]

@@ -1,0 +1,327 @@
+"""Readers behind `corpus.read_documents`: .txt, .jsonl, .json, .parquet and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import functools
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from megagamma.data.preparation.corpus import Shard, Source
+from megagamma.errors import DataError
+
+_BLOCK = 1 << 20
+_BLANK_LINES = re.compile(rb"(?:\r?\n[ \t]*){2,}(?:\r?\n)?")
+
+
+class _ZstdReader(io.RawIOBase):
+    """A .zst file as a stream of bytes. zstandard's own reader ends silently inside a cut frame."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self._raw, self._make = raw, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self._frame: Any = None
+        self._ready = b""
+        self._compressed = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = self._compressed or self._raw.read(_BLOCK)
+            self._compressed = b""
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._make()
+            self._ready = self._frame.decompress(chunk)
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def open_bytes(path: str, compression: str) -> IO[bytes]:
+    """Open a file for reading its decompressed bytes; `compression` is "", "gz", "bz2", "xz" or "zst"."""
+    if compression == "gz":
+        return cast("IO[bytes]", gzip.open(path, "rb"))
+    if compression == "bz2":
+        return bz2.open(path, "rb")
+    if compression == "xz":
+        return lzma.open(path, "rb")
+    raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    return io.BufferedReader(_ZstdReader(raw), _BLOCK) if compression == "zst" else raw
+
+
+def read_file(shard: Shard, source: Source) -> Iterator[str]:
+    """Yield the documents of a file shard; a failed read becomes a DataError that names the file."""
+    import zstandard
+
+    readers = {"txt": _read_text, "jsonl": _read_json_lines, "json": _read_json, "parquet": _read_parquet}
+    try:
+        yield from readers[shard.format](shard, source)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(
+            f"inputs: '{shard.path}' is truncated or not {shard.compression} data ({error}): fetch or compress it again"
+        ) from error
+    except OSError as error:
+        # bz2 reports damage as a bare OSError without an errno.
+        reason = error.strerror or f"truncated or not {shard.compression} data ({error})"
+        raise DataError(f"inputs: '{shard.path}' cannot be read: {reason}: check or fetch it again") from error
+
+
+def _decode(data: bytes, path: str, offset: int) -> str:
+    """UTF-8 text of `data`, which starts at byte `offset` of the (decompressed) file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"inputs: '{path}' is not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}): "
+            "convert it, for instance with iconv -f LATIN1 -t UTF-8"
+        ) from error
+
+
+def _check_text(value: Any, source: Source, place: str) -> str:
+    """The text of a record, or a DataError that says where and what is wrong with it."""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place}: field '{source.text_field}' is {type(value).__name__}, not text: choose another --text_field"
+        )
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the text has an unpaired surrogate ({value[error.start]!a}) at "
+            f"character {error.start}, "
+            "which UTF-8 cannot hold: remove it from the source"
+        ) from error
+    return value
+
+
+def _text_of(record: Any, source: Source, place: str) -> str:
+    if isinstance(record, str):
+        return _check_text(record, source, place)
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{place}: a {type(record).__name__} where an object with field '{source.text_field}' is expected"
+        )
+    if source.text_field not in record:
+        raise DataError(
+            f"{place}: no field '{source.text_field}': choose --text_field from {', '.join(map(str, record)) or 'none'}"
+        )
+    return _check_text(record[source.text_field], source, place)
+
+
+def _read_text(shard: Shard, source: Source) -> Iterator[str]:
+    with open_bytes(shard.path, shard.compression) as stream:
+        offset = 0
+        separator = source.document_separator
+        if separator is None:
+            data = stream.read()
+            if not data:
+                raise DataError(
+                    f"inputs: '{shard.path}' is empty once decompressed: remove it or give a file with text"
+                )
+            if data.startswith(codecs.BOM_UTF8):
+                data, offset = data[3:], 3
+            yield _decode(data, shard.path, offset)
+            return
+        blank = separator == "blank-line"
+        pattern = _BLANK_LINES if blank else re.compile(re.escape(separator.encode()))
+        pending = stream.read(_BLOCK)
+        if pending.startswith(codecs.BOM_UTF8):
+            pending, offset = pending[3:], 3
+        while True:
+            block = stream.read(_BLOCK)
+            done = 0
+            for match in pattern.finditer(pending):
+                # A run of blank lines that touches the end of what is read may go on in the next block.
+                if match.end() == len(pending) and block:
+                    break
+                yield from _stretch(pending[done : match.start()], shard.path, offset + done, blank)
+                done = match.end()
+            pending, offset = pending[done:], offset + done
+            if not block:
+                break
+            pending += block
+        yield from _stretch(pending, shard.path, offset, blank)
+
+
+def _stretch(data: bytes, path: str, offset: int, blank: bool) -> Iterator[str]:
+    """What stands between two separators, if anything does."""
+    if data.strip() if blank else data:
+        yield _decode(data, path, offset)
+
+
+def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
+    with open_bytes(shard.path, shard.compression) as stream:
+        offset = shard.start
+        if offset:
+            # A line belongs to the stretch in which it starts: step back one byte, so that a line which
+            # starts exactly at `start` is kept, and drop the rest of the line before.
+            stream.seek(offset - 1)
+            offset += len(stream.readline()) - 1
+        number = 0
+        while shard.stop is None or offset < shard.stop:
+            line = stream.readline()
+            if not line:
+                return
+            number += 1
+            content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
+            text = _decode(content, shard.path, offset + len(line) - len(content))
+            if text.strip():
+                try:
+                    document = _text_of(json.loads(text), source, "")
+                except json.JSONDecodeError as error:
+                    problem = f" is not JSON ({error.msg} at column {error.colno}): mend or remove the line"
+                    raise DataError(_line(shard, number) + problem) from error
+                except DataError as error:
+                    raise DataError(f"{_line(shard, number)}{error}") from error
+                yield document
+            offset += len(line)
+
+
+def _line(shard: Shard, number: int) -> str:
+    """Name line `number` of a stretch by its number in the file; counted only for an error message."""
+    if shard.start:
+        with open(shard.path, "rb") as stream:
+            left = shard.start - 1
+            while block := stream.read(min(left, _BLOCK)):
+                number += block.count(b"\n")
+                left -= len(block)
+        number += 1
+    return f"inputs: '{shard.path}' line {number}"
+
+
+def _read_json(shard: Shard, source: Source) -> Iterator[str]:
+    with open_bytes(shard.path, shard.compression) as stream:
+        text = _decode(stream.read().removeprefix(codecs.BOM_UTF8), shard.path, 0)
+    place = f"inputs: '{shard.path}'"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place} line {error.lineno} is not JSON ({error.msg} at column {error.colno}): mend the file"
+        ) from error
+    if isinstance(value, dict):
+        # Either columns, {"text": [...], ...}, or records under one name, {"data": [{...}, ...]}.
+        columns = value.get(source.text_field)
+        lists = [entry for entry in value.values() if isinstance(entry, list)]
+        if isinstance(columns, list):
+            value = columns
+        elif len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict):
+            value = lists[0]
+        else:
+            raise DataError(
+                f"{place}: no list under '{source.text_field}': choose --text_field from {', '.join(value) or 'none'}"
+            )
+    if not isinstance(value, list):
+        raise DataError(f"{place} holds a {type(value).__name__}: give a list of records, or an object of lists")
+    for index, record in enumerate(value):
+        yield _text_of(record, source, f"{place} record {index}")
+
+
+def _open_parquet(path: str, compression: str = "") -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if compression:
+            with open_bytes(path, compression) as stream:
+                return pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()))
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(
+            f"inputs: '{path}' is not a readable parquet file ({error}): fetch or write it again"
+        ) from error
+
+
+def parquet_row_groups(path: str) -> list[int]:
+    """Uncompressed bytes of each row group of a parquet file; a file without rows is an error."""
+    metadata = _open_parquet(path).metadata
+    if metadata.num_rows == 0:
+        raise DataError(f"inputs: '{path}' has no rows: remove it or give a file with text")
+    return [max(1, metadata.row_group(index).total_byte_size) for index in range(metadata.num_row_groups)]
+
+
+def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
+    import pyarrow
+
+    file = _open_parquet(shard.path, shard.compression)
+    names = file.schema_arrow.names
+    place = f"inputs: '{shard.path}'"
+    if source.text_field not in names:
+        raise DataError(f"{place}: no column '{source.text_field}': choose --text_field from {', '.join(names)}")
+    groups = range(shard.start, file.num_row_groups if shard.stop is None else shard.stop)
+    try:
+        for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[source.text_field]):
+            for value in batch.column(0).to_pylist():
+                yield _check_text(value, source, f"{place} row groups {groups.start} to {groups.stop - 1}")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{place} is damaged ({error}): fetch or write it again") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _load(name: str | None, config: str | None, split: str, streaming: bool) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # the hub raises a dozen unrelated types; every one means: not readable as asked
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"hf_dataset: '{name}' (config {config}, split '{split}') cannot be loaded: "
+            f"{reason}: check the name, "
+            "--hf_config, --hf_split and the network, or download it and give its files with --input"
+        ) from error
+
+
+def huggingface_shards(source: Source, shard_bytes: int) -> list[Shard]:
+    """Cut a Hugging Face data set at rows, or a stream at its own shards."""
+    dataset = _load(source.hf_dataset, source.hf_config, source.hf_split, source.streaming)
+    name = f"{source.hf_dataset}/{source.hf_config or ''}/{source.hf_split}"
+    columns = dataset.column_names
+    if columns is not None and source.text_field not in columns:
+        raise DataError(
+            f"hf_dataset: '{name}' has no field '{source.text_field}': choose --text_field from {', '.join(columns)}"
+        )
+    if source.streaming:
+        identity = f"{name}|stream"
+        return [
+            Shard("huggingface", name, shard_bytes, identity, start=k, stop=k + 1) for k in range(dataset.num_shards)
+        ]
+    if len(dataset) == 0:
+        raise DataError(f"hf_dataset: '{name}' has no rows: choose another --hf_split")
+    row_bytes = max(1.0, dataset.data.nbytes / len(dataset))
+    step = max(1, int(shard_bytes / row_bytes))
+    identity = f"{name}|{dataset._fingerprint}"
+    shards = []
+    for start in range(0, len(dataset), step):
+        stop = min(start + step, len(dataset))
+        size = int((stop - start) * row_bytes)
+        shards.append(Shard("huggingface", name, size, identity, start=start, stop=stop))
+    return shards
+
+
+def read_huggingface(shard: Shard, source: Source) -> Iterator[str]:
+    """Yield the documents of one stretch of rows, or of one shard of a stream."""
+    dataset = _load(source.hf_dataset, source.hf_config, source.hf_split, source.streaming)
+    if source.streaming:
+        rows = dataset.shard(dataset.num_shards, shard.start)
+    else:
+        rows = dataset.select(range(shard.start, len(dataset) if shard.stop is None else shard.stop))
+    for index, row in enumerate(rows):
+        yield _text_of(row, source, f"hf_dataset: '{shard.path}' row {shard.start + index}")

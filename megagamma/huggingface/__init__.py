@@ -1,0 +1,1 @@
+"""To Hugging Face folders and back, with proof."""

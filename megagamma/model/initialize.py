@@ -1,0 +1,112 @@
+"""The initialization hook: fills a built model through the map, and measures what it drew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megagamma.config.schema import Config
+from megagamma.initialization.gamma import ModelShape, target_std
+from megagamma.initialization.report import MatrixReport, Moments, measure
+from megagamma.initialization.streams import normal_
+from megagamma.model.parameters import MappedTensor, ParameterMap, Part, d_in
+
+
+def part_std(part: Part, config: Config) -> float:
+    """Asked std of the matrix that a part belongs to."""
+    shape = ModelShape(config.model.hidden_size, config.model.num_layers)
+    fan = d_in(part.logical, config.model, config.init.residual_fan_in)
+    return target_std(config.init, part.logical.role, fan, shape)
+
+
+def draw(tensor: MappedTensor, out: Tensor, config: Config) -> None:
+    """Fill `out`, of the local tensor's shape, with its initial values: draws by part, ones for gains."""
+    truncate = config.init.truncate_at if config.init.distribution == "truncated" else None
+    for part in tensor.parts:
+        view = part.view(out)
+        if part.logical.role == "norm":
+            view.fill_(1.0)
+        else:
+            normal_(
+                view,
+                seed=config.run.seed,
+                name=part.logical.name,
+                global_shape=part.logical.shape,
+                start=part.start,
+                std=part_std(part, config),
+                truncate=truncate,
+            )
+
+
+def moments(values: Tensor) -> Moments:
+    """Count, sum and sum of squares, accumulated in fp64 in pieces of bounded size."""
+    found = Moments()
+    for piece in values.detach().flatten().split(1 << 22):
+        wide = piece.double()
+        found += Moments(wide.numel(), float(wide.sum()), float(wide.square().sum()))
+    return found
+
+
+@torch.no_grad()
+def fill(
+    parameter_map: ParameterMap, config: Config, write: Callable[[MappedTensor, Tensor], None] | None = None
+) -> dict[str, Moments]:
+    """Fill this rank's weights, and mark which are split.
+
+    Args:
+        parameter_map: of the built model.
+        config: the run's.
+        write: stores a whole local tensor in a weight that was partitioned while it was built (ZeRO 3).
+
+    Returns:
+        Moments of what this rank drew, by logical name; sum them over the ranks of the model with `report_drawn`.
+    """
+    parameter_map.mark_tensor_parallel()
+    drawn: dict[str, Moments] = {}
+    for tensor in parameter_map:
+        values = tensor.parameter.data
+        partitioned = hasattr(tensor.parameter, "ds_tensor")
+        if partitioned:
+            values = torch.empty(tensor.shape, dtype=values.dtype, device=values.device)
+        draw(tensor, values, config)
+        if partitioned:
+            assert write is not None
+            write(tensor, values)
+        for part in tensor.parts:
+            if part.logical.role != "norm":
+                found = moments(part.view(values))
+                drawn[part.logical.name] = drawn.get(part.logical.name, Moments()) + found
+    return drawn
+
+
+def report_drawn(
+    drawn: dict[str, Moments], config: Config, gather: Callable[[dict[str, Moments]], list[dict[str, Moments]]]
+) -> list[MatrixReport]:
+    """Compare what all ranks of the model drew with what was asked.
+
+    Args:
+        drawn: this rank's moments from `fill`.
+        config: the run's.
+        gather: collects the moments of the ranks that hold one copy of the model, this one's included.
+
+    Returns:
+        One report per logical matrix, in the model's order. A tied embedding that two pipeline stages hold is
+        counted twice, which leaves its moments as they are.
+    """
+    from megagamma.model.parameters import logical_parameters
+
+    total: dict[str, Moments] = {}
+    for one in gather(drawn):
+        for name, found in one.items():
+            total[name] = total.get(name, Moments()) + found
+    shape = ModelShape(config.model.hidden_size, config.model.num_layers)
+    reports = []
+    for logical in logical_parameters(config.model):
+        if logical.role == "norm":
+            continue
+        fan = d_in(logical, config.model, config.init.residual_fan_in)
+        asked = target_std(config.init, logical.role, fan, shape)
+        reports.append(measure(logical.name, logical.role, logical.shape, fan, asked, total[logical.name], config.init))
+    return reports

@@ -1,0 +1,264 @@
+"""Resume equals an uninterrupted run, on the same layout to the bit and on another to rounding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.ranks import RankPool
+from support.train import run_trainer
+
+from megagamma.checkpoint.reader import CheckpointReader, read_manifest, steps_saved, verify
+from megagamma.checkpoint.safetensors_writer import ShardWriter, checksum
+from megagamma.checkpoint.saver import prune
+from megagamma.errors import CheckpointError
+
+HALF = 6
+
+
+def arguments(folder: Path, cache: str, stage: int, *more: str) -> list[str]:
+    return [
+        *("--run.folder", str(folder), "--data.cache", cache, "--run.steps", str(2 * HALF)),
+        *("--checkpoint.interval", str(HALF), "--validation.interval", "4"),
+        *("--deepspeed_config", f"configs/deepspeed/zero{stage}.json", *more),
+    ]
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines}
+
+
+def halfway(folder: Path, to: Path) -> Path:
+    """A copy of a finished run as it was after its first half."""
+    to.mkdir(parents=True)
+    shutil.copytree(folder / "checkpoints" / f"step_{HALF:08d}", to / "checkpoints" / f"step_{HALF:08d}")
+    shutil.copy(folder / "config.yaml", to)
+    shutil.copy(folder / "metrics.jsonl", to)
+    return to
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_cache: str) -> Path:
+    """An uninterrupted run on one process, ZeRO 1."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert one_rank.run(run_trainer, arguments(folder, data_cache, 1)) == [0]
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_the_uninterrupted_run_to_the_bit(
+    tmp_path: Path, one_rank: RankPool, data_cache: str, stage: int
+) -> None:
+    full = tmp_path / "full"
+    assert one_rank.run(run_trainer, arguments(full, data_cache, stage)) == [0]
+    resumed = halfway(full, tmp_path / "resumed")
+    assert one_rank.run(run_trainer, arguments(resumed, data_cache, stage)) == [0]
+    assert losses(resumed) == losses(full)
+    final = f"checkpoints/step_{2 * HALF:08d}/checkpoint.json"
+    for left, right in zip(
+        json.loads((full / final).read_text())["files"], json.loads((resumed / final).read_text())["files"], strict=True
+    ):
+        assert left["xxh3_128"] == right["xxh3_128"], left["file"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_on_two_ranks_under_any_stage(
+    tmp_path: Path, two_ranks: RankPool, data_cache: str, whole: Path, stage: int
+) -> None:
+    resumed = halfway(whole, tmp_path / "resumed")
+    assert two_ranks.run(run_trainer, arguments(resumed, data_cache, stage)) == [0, 0]
+    expected = losses(whole)
+    for step, (loss, norm) in losses(resumed).items():
+        assert loss == pytest.approx(expected[step][0], rel=1e-5)
+        assert norm == pytest.approx(expected[step][1], rel=1e-5)
+
+
+LAYOUTS = {
+    "tensor": ["--parallel.tensor", "2"],
+    "sequence": ["--parallel.tensor", "2", "--parallel.sequence", "true"],
+    "pipeline": ["--parallel.pipeline", "2"],
+    "virtual": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_moves_between_layouts(
+    tmp_path: Path, one_rank: RankPool, two_ranks: RankPool, data_cache: str, whole: Path, layout: str
+) -> None:
+    there = halfway(whole, tmp_path / "there")
+    assert two_ranks.run(run_trainer, arguments(there, data_cache, 1, *LAYOUTS[layout])) == [0, 0]
+    expected = losses(whole)
+    for step, (loss, norm) in losses(there).items():
+        assert loss == pytest.approx(expected[step][0], rel=1e-5)
+        assert norm == pytest.approx(expected[step][1], rel=1e-5)
+    # And what that layout wrote holds the same logical tensors as one process wrote.
+    last = f"checkpoints/step_{2 * HALF:08d}"
+    ours, theirs = CheckpointReader(there / last), CheckpointReader(whole / last)
+    assert sorted(ours.names()) == sorted(theirs.names())
+    for name, tensor in theirs.tensors():
+        torch.testing.assert_close(ours.read("weight", name), tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_gates_and_tied_embeddings_are_saved(tmp_path: Path, two_ranks: RankPool, data_cache: str) -> None:
+    more = ["--model.attention_gate", "headwise", "--model.tie_embeddings", "true"]
+    folder = tmp_path / "run"
+    run = arguments(folder, data_cache, 1, *more, "--parallel.tensor", "2")
+    assert two_ranks.run(run_trainer, run) == [0, 0]
+    names = CheckpointReader(folder / "checkpoints" / f"step_{HALF:08d}").names()
+    assert "model.layers.3.self_attn.gate_proj.weight" in names
+    assert "lm_head.weight" not in names
+    resumed = halfway(folder, tmp_path / "resumed")
+    pipeline = arguments(resumed, data_cache, 1, *more, "--parallel.pipeline", "2")
+    assert two_ranks.run(run_trainer, pipeline) == [0, 0]
+    expected = losses(folder)
+    for step, (loss, _) in losses(resumed).items():
+        assert loss == pytest.approx(expected[step][0], rel=1e-5)
+
+
+def test_files_are_plain_safetensors_with_logical_names(whole: Path) -> None:
+    folder = whole / "checkpoints" / f"step_{HALF:08d}"
+    manifest = read_manifest(folder)
+    assert {entry["kind"] for entry in manifest["files"]} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors", ".safetensors", ".safetensors"]
+    weights = load_file(folder / "weight-00000.safetensors")
+    assert weights["model.layers.2.self_attn.q_proj.weight"].shape == (64, 64)
+    assert weights["model.embed_tokens.weight"].dtype == torch.float32
+    assert manifest["step"] == manifest["adam_step"] == HALF
+    assert manifest["consumed_samples"] == HALF * 8
+
+
+def test_distributed_checkpoint_of_torch_reads_it(tmp_path: Path, two_ranks: RankPool, data_cache: str) -> None:
+    """Weights and moments, written by two ranks, through a reader that knows nothing of this project."""
+    import torch.distributed.checkpoint as dcp
+
+    run = tmp_path / "run"
+    flags = ["--parallel.tensor", "2", "--run.steps", "3"]
+    assert two_ranks.run(run_trainer, [*arguments(run, data_cache, 1), *flags]) == [0, 0]
+    folder = run / "checkpoints" / "step_00000003"
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    found = {name: torch.zeros(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    ours = CheckpointReader(folder)
+    assert len(found) == 3 * len(ours.names())
+    for name in ours.names():
+        assert torch.equal(found[name], ours.read("weight", name))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(found[f"{kind}.{name}"], ours.read(kind, name))
+            assert found[f"{kind}.{name}"].abs().max() > 0
+
+
+@pytest.mark.parametrize("fault", ["truncated", "bit flipped", "missing", "manifest cut"])
+def test_damage_is_named(tmp_path: Path, whole: Path, fault: str) -> None:
+    folder = halfway(whole, tmp_path / "damaged") / "checkpoints" / f"step_{HALF:08d}"
+    verify(folder, read_manifest(folder))
+    victim = folder / ("checkpoint.json" if fault == "manifest cut" else "exp_avg-00000.safetensors")
+    content = bytearray(victim.read_bytes())
+    if fault in ("truncated", "manifest cut"):
+        victim.write_bytes(content[: len(content) // 2])
+    elif fault == "bit flipped":
+        content[-1000] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.unlink()
+    with pytest.raises(CheckpointError, match=victim.name):
+        verify(folder, read_manifest(folder))
+
+
+def test_asynchronous_checkpoints_are_the_same_files(
+    tmp_path: Path, two_ranks: RankPool, data_cache: str, whole: Path
+) -> None:
+    now, later = tmp_path / "now", tmp_path / "later"
+    assert two_ranks.run(run_trainer, arguments(now, data_cache, 2)) == [0, 0]
+    more = ["--checkpoint.asynchronous", "true", "--checkpoint.interval", "2", "--checkpoint.keep_last", "0"]
+    assert two_ranks.run(run_trainer, arguments(later, data_cache, 2, *more)) == [0, 0]
+    assert steps_saved(later / "checkpoints") == [2, 4, 6, 8, 10, 12]
+    for step in (HALF, 2 * HALF):
+        left, right = (read_manifest(run / "checkpoints" / f"step_{step:08d}") for run in (now, later))
+        assert [entry["xxh3_128"] for entry in left["files"]] == [entry["xxh3_128"] for entry in right["files"]]
+        verify(later / "checkpoints" / f"step_{step:08d}", right)
+    assert losses(now) == losses(later)
+    assert not list((later / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_newest_checkpoint(tmp_path: Path, one_rank: RankPool, data_cache: str, whole: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    victim = run / "checkpoints" / f"step_{2 * HALF:08d}" / "weight-00000.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.raises(AssertionError, match=r"weight-00000\.safetensors"):
+        one_rank.run(run_trainer, arguments(run, data_cache, 1))
+    go_back = arguments(run, data_cache, 1, "--checkpoint.on_damage", "previous")
+    assert one_rank.run(run_trainer, go_back) == [0]
+    assert losses(run) == losses(whole)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert any("weight-00000.safetensors" in event.get("text", "") for event in events)
+    verify(victim.parent, read_manifest(victim.parent))
+    for step in (HALF, 2 * HALF):
+        (run / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").write_text("{")
+    with pytest.raises(AssertionError, match="every checkpoint"):
+        one_rank.run(run_trainer, go_back)
+
+
+def test_shard_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "x.safetensors", [("a", (2, 3)), ("b", (4,))])
+    with pytest.raises(ValueError, match="expected a"):
+        writer.write("b", torch.ones(4))
+    writer = ShardWriter(tmp_path / "y.safetensors", [("a", (2, 3)), ("b", (4,))])
+    writer.write("a", torch.arange(6.0).view(2, 3))
+    with pytest.raises(ValueError, match="1 tensors are missing"):
+        writer.close()
+    writer.write("b", torch.ones(4, dtype=torch.bfloat16))
+    size, digest = writer.close()
+    path = tmp_path / "y.safetensors"
+    assert (path.stat().st_size, checksum(path)) == (size, digest)
+    loaded = load_file(path)
+    assert loaded["a"].equal(torch.arange(6.0).view(2, 3))
+    assert loaded["b"].equal(torch.ones(4))
+
+
+def test_pruning_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / ".step_00000009.partial").mkdir()
+    assert prune(tmp_path, 0, set()) == []
+    assert prune(tmp_path, 2, {1, 3}) == [2, 4, 5]
+    assert steps_saved(tmp_path) == [1, 3, 6, 7]
+
+
+def test_a_checkpoint_loads_in_another_precision(
+    tmp_path: Path, one_rank: RankPool, two_ranks: RankPool, data_cache: str, whole: Path
+) -> None:
+    """The masters are fp32 either way: bf16 starts from the very weights, and what it saves goes back to fp32."""
+    bf16 = halfway(whole, tmp_path / "bf16")
+    flags = ["--precision.dtype", "bf16"]
+    # One step, so that what was loaded is what the moments and masters of the next checkpoint grew from.
+    one = [*arguments(bf16, data_cache, 2, *flags), "--run.steps", str(HALF + 1), "--optimizer.lr", "0"]
+    assert two_ranks.run(run_trainer, [*one, "--schedule.min_lr_ratio", "0"]) == [0, 0]
+    before = CheckpointReader(whole / "checkpoints" / f"step_{HALF:08d}")
+    after = CheckpointReader(bf16 / "checkpoints" / f"step_{HALF + 1:08d}")
+    for name, tensor in before.tensors():
+        assert torch.equal(after.read("weight", name), tensor), f"{name}: at a rate of 0 a master must not move"
+        assert not torch.equal(after.read("exp_avg", name), before.read("exp_avg", name)), "a step was made"
+    # bf16 sees the same loss to its rounding, and not to fp32's.
+    expected, found = losses(whole)[HALF + 1][0], losses(bf16)[HALF + 1][0]
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert found != pytest.approx(expected, rel=1e-6)
+
+    # And back: an fp32 run from what bf16 saved is the fp32 run from what fp32 saved, whose masters are equal.
+    back = tmp_path / "back"
+    back.mkdir()
+    shutil.copytree(bf16 / "checkpoints", back / "checkpoints")
+    shutil.copy(bf16 / "metrics.jsonl", back)
+    again = [*arguments(back, data_cache, 1), "--run.steps", str(HALF + 2), "--optimizer.lr", "0"]
+    assert one_rank.run(run_trainer, again) == [0]
+    assert losses(back)[HALF + 2][0] != pytest.approx(losses(bf16)[HALF + 1][0], rel=1e-6)
+    final = CheckpointReader(back / "checkpoints" / f"step_{HALF + 2:08d}")
+    for name, tensor in before.tensors():
+        assert torch.equal(final.read("weight", name), tensor)
