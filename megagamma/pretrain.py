@@ -32,13 +32,12 @@ def main() -> int:
     """Train; returns the exit code."""
     config = parse_config(program="pretrain.py", world_size=world_size())
     from megagamma.distributed.peers import explain_lost_contact
-    from megagamma.training.loop import Trainer
-    from megagamma.training.setup import prepare_session
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.job import train
 
     with explain_lost_contact(config.run.timeout_minutes):
-        session = prepare_session(config)
-        code = Trainer(session).run()
-        session.runtime.close()
+        code = train(config)
+        Runtime.close()
         return code
 
 

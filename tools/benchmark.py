@@ -47,18 +47,16 @@ def build(arguments: list[str]) -> tuple[Any, Any]:
     return config, engine
 
 
-def random_batch(config: Any) -> dict[str, Any]:
+def random_batch(config: Any) -> Any:
     """One microbatch of random tokens."""
     import torch
 
+    from megagamma.data.contracts import Batch
+
     batch, length = config.data.global_batch_size, config.data.sequence_length
     tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1))
-    return {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(batch, length),
-        "position_ids": torch.arange(length).repeat(batch, 1),
-    }
+    positions = torch.arange(length).repeat(batch, 1)
+    return Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), torch.ones(batch, length), positions)
 
 
 def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
     )
     adam = torch.optim.AdamW(reference.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ours_batch = random_batch(config)
-    batch, length = ours_batch["tokens"].shape
+    batch, length = ours_batch.tokens.shape
 
     def ours() -> None:
         engine.forward_backward([ours_batch])
@@ -98,7 +96,7 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
 
     def theirs() -> None:
         # The labels are given shifted, so that both models predict the same positions.
-        inputs, labels = ours_batch["tokens"], ours_batch["labels"]
+        inputs, labels = ours_batch.tokens, ours_batch.labels
         out = reference(input_ids=inputs, shift_labels=labels, labels=inputs)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
@@ -106,7 +104,7 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
         adam.zero_grad()
 
     ours_seconds, theirs_seconds = in_turns(ours, theirs, steps)
-    peak = measure_matmul_peak(torch.float32)
+    peak = measure_matmul_peak(engine.dtype)
     flops = flops_per_token(model, length) * batch * length
     result = {
         "parameters": sum(logical.numel for logical in logical_parameters(model)),

@@ -196,7 +196,7 @@ class Saver:
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        self.runtime.on_main(lambda: _explained(begin, partial))
+        self.runtime.run_on_rank0(lambda: _explained(begin, partial))
         owned, tensors = _owned(self.engine), whole_tensors(self.engine)
         if not asynchronous:
             self._written = _write_files(partial, self.runtime.rank, owned, tensors)
@@ -248,7 +248,7 @@ class Saver:
         found = self.runtime.gather(self._written)
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(found) if problem]
         if problems:
-            self.runtime.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            self.runtime.run_on_rank0(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise CheckpointError(
                 f"checkpoint of step {step} in {self.root}: {problems[0]}; the ones before are untouched"
             )
@@ -262,7 +262,7 @@ class Saver:
             partial.rename(final)
             sync_folder(self.root)
 
-        self.runtime.on_main(lambda: _explained(publish, partial))
+        self.runtime.run_on_rank0(lambda: _explained(publish, partial))
         return final
 
 
@@ -285,7 +285,7 @@ def prune(root: Path, keep_last: int, permanent: set[int]) -> list[int]:
     return removable
 
 
-def newest_sound(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, list[str]] | None:
+def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, list[str]] | None:
     """The newest checkpoint whose files are what was written; all ranks call it and share the checking.
 
     Args:
@@ -298,7 +298,7 @@ def newest_sound(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, lis
         Its folder, and what was wrong with the newer ones; None when there is no checkpoint.
     """
     damaged: list[str] = []
-    for step in reversed(runtime.on_main(lambda: steps_saved(root))):
+    for step in reversed(runtime.run_on_rank0(lambda: steps_saved(root))):
         folder, problem = root / folder_name(step), None
         try:
             verify(folder, read_manifest(folder), share=(runtime.rank, runtime.size))
@@ -319,7 +319,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Fill an engine's weights and moments from a checkpoint of any layout; all ranks call it.
 
     Args:
-        folder: a sound checkpoint, see `newest_sound`.
+        folder: a sound checkpoint, see `newest_valid`.
 
     Raises:
         CheckpointError: it is of another model.

@@ -268,11 +268,6 @@ def _layout_rules(config: Config, world_size: int) -> None:
         raise ConfigurationError(
             f"parallel.context={parallel.context}: context parallelism is not offered by the SDPA core attention: use 1"
         )
-    if data.reset_positions and model.recompute == "full" and p > 1:
-        raise ConfigurationError(
-            f"model.recompute=full cannot be combined with data.reset_positions and parallel.pipeline={p}: the positions "
-            "of another microbatch would be met on recomputation: use --model.recompute selective"
-        )
     replicas = layout(config, world_size)
     bf16 = config.precision.dtype == "bf16"
     stage = zero_stage(read_deepspeed_json(deepspeed_file(config, replicas, bf16)))

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagamma.config.schema import Config
-from megagamma.data.batches import BatchSource, Blend, Corpus, CorpusSampler, ValidationSet
+from megagamma.data.blend import Blend
+from megagamma.data.contracts import EvaluationSet, TextCodec, TrainingSource
 from megagamma.data.preparation.indexing import verify_prepared
 from megagamma.data.preparation.prepare import embedded_settings, prepare
+from megagamma.data.text import Corpus, CorpusSampler
+from megagamma.data.text_batches import TextEvaluation, TextSource, collate_options
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 
@@ -30,12 +33,15 @@ def prepared_folders(config: Config) -> list[str]:
 
 @dataclass
 class RunData:
-    """Everything a run reads."""
+    """Everything a run reads. What `open_data` makes of prepared text, a function of one's own can make of anything."""
 
-    folders: list[str]
-    tokenizer: Tokenizer
-    train: BatchSource
-    validation: dict[str, ValidationSet]
+    train: TrainingSource
+    validation: dict[str, EvaluationSet]
+    codec: TextCodec | None
+    """None for data that are no text: nothing is sampled, and no benchmark can be scored."""
+    vocab_size: int
+    fingerprint: str
+    """Of the vocabulary, hexadecimal: a checkpoint resumes only with data of the same one."""
 
 
 def tokenizer_of(folders: list[str], config: Config) -> Tokenizer:
@@ -70,35 +76,33 @@ def tokenizer_of(folders: list[str], config: Config) -> Tokenizer:
 
 
 def open_data(config: Config) -> RunData:
-    """Open a run's data and set `model.vocab_size` in the config when it is not given.
+    """Open a run's prepared text.
 
     Raises:
         DataError, ConfigurationError: see `prepared_folders`, `tokenizer_of` and `CorpusSampler`.
     """
     folders = prepared_folders(config)
     tokenizer = tokenizer_of(folders, config)
-    if config.model.vocab_size is None:
-        config.model.vocab_size = tokenizer.vocab_size
     data = config.data
     # Named by position, so that a folder can move without changing the order of its samples.
     samplers = [
         CorpusSampler(Corpus(folder, "train"), data.sequence_length, config.run.seed, name=f"corpus{index}")
         for index, folder in enumerate(folders)
     ]
-    options = (data.reset_positions, data.reset_attention, data.mask_eod_loss)
-    train = BatchSource(Blend(samplers, data.weights), data.sequence_length, *options)
+    options = collate_options(data)
+    train = TextSource(Blend(samplers, data.weights), **options)
     names = dict(config.validation.paths)
     if not names:
         for folder in folders:
             if os.path.exists(os.path.join(folder, "validation.bin")):
                 name = os.path.basename(os.path.normpath(folder))
                 names[name if name not in names else f"{name}_{len(names)}"] = folder
-    validation = {}
+    validation: dict[str, EvaluationSet] = {}
     for name, folder in names.items():
         if Tokenizer(Path(folder) / "tokenizer.model").fingerprint != tokenizer.fingerprint:
             raise DataError(
                 f"validation.paths: {name}={folder} was written with another tokenizer than the training data: "
                 "prepare it with --tokenizer"
             )
-        validation[name] = ValidationSet(Corpus(folder, "validation"), data.sequence_length, *options)
-    return RunData(folders, tokenizer, train, validation)
+        validation[name] = TextEvaluation(Corpus(folder, "validation"), data.sequence_length, **options)
+    return RunData(train, validation, tokenizer, tokenizer.vocab_size, tokenizer.fingerprint)

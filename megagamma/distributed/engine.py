@@ -1,13 +1,14 @@
-"""The marriage of Megatron-core's schedule and DeepSpeed's engine.
+"""Megatron-core's schedule and DeepSpeed's optimizer in one engine.
 
-Megatron's schedules run the microbatches; DeepSpeed's engine reduces the gradients, shards the optimizer by its
-ZeRO stage, and steps. Two roads lead from the backward pass to the reduced gradient:
+Megatron's schedules run the microbatches; DeepSpeed's engine reduces the gradients, partitions the optimizer by its ZeRO
+stage, and steps. Two paths lead from the backward pass to the reduced gradient:
 
-- *hooked* (ZeRO 1 to 3 without pipeline parallelism): the forward step calls the DeepSpeed engine, whose hooks
-  follow the schedule's backward. DeepSpeed believes in one microbatch per step, so the schedule's no-sync context
-  tells it which backward is the last.
-- *bare* (ZeRO 0, or any pipeline parallelism): several forwards may be in flight before the first backward, and
-  the hooks would lose count. The schedule runs the module itself, and the gradients are reduced once at the end.
+- the *ZeRO-hook path* (ZeRO 1 to 3 without pipeline parallelism): the forward step calls the DeepSpeed engine, whose hooks
+  follow the schedule's backward. DeepSpeed believes in one microbatch per step, so the schedule's no-sync context says
+  which backward is the last.
+- the *explicit-reduction path* (ZeRO 0, or any pipeline parallelism): several forwards may be in flight before the first
+  backward, and the hooks would lose count. The schedule runs the module itself, and the gradients are reduced once at the
+  end.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megagamma.config.rules import zero_stage
 from megagamma.config.schema import Config
+from megagamma.data.contracts import Batch, EvaluationSet
+from megagamma.distributed.compat import deepspeed as compat
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
+from megagamma.distributed.norm import sum_of_squares
 from megagamma.distributed.runtime import Runtime
+from megagamma.distributed.schedule import OutputFunction, run_schedule
 from megagamma.distributed.state import OptimizerState
 from megagamma.distributed.straggler import ForwardClock
-from megagamma.distributed.token_scores import token_scores
+from megagamma.distributed.token_scores import label_scores
+from megagamma.errors import DistributedError
 from megagamma.model.gpt import document_mask
 from megagamma.model.parameters import ParameterMap
 
@@ -96,21 +101,8 @@ def sum_replicated_gradients(parameter_map: ParameterMap) -> int:
     return count
 
 
-def import_deepspeed(runtime: Runtime) -> Any:
-    """The deepspeed package, ready for the runtime's device, and quiet on all ranks but for its warnings."""
-    import logging
-
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if runtime.device.type == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce on first use, which needs a compiler and a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
 class Engine:
-    """Runs steps of a laid-out model: forward, backward, reduce, clip, update."""
+    """Runs batches through a model that is laid out over ranks: forward, backward, reduce, clip, update."""
 
     def __init__(
         self,
@@ -129,37 +121,36 @@ class Engine:
             parameter_map: of those chunks.
             groups: parameter groups for AdamW, from `megagamma.training.optimizer.parameter_groups`.
         """
-        deepspeed = import_deepspeed(runtime)
+        deepspeed = compat.import_deepspeed(runtime.device.type == "cpu")
         self.config, self.runtime, self.chunks, self.map = config, runtime, chunks, parameter_map
-        bf16 = chunks[0].config.bf16
-        values = fill_deepspeed_config(config, runtime.data_size, bf16)
-        self.stage = zero_stage(values)
+        self.dtype: torch.dtype = chunks[0].config.params_dtype
+        self.deepspeed_config = fill_deepspeed_config(config, runtime.data_size, self.dtype == torch.bfloat16)
+        self.zero_stage = zero_stage(self.deepspeed_config)
         self.pipeline = config.parallel.pipeline
-        self.hooked = self.stage > 0 and self.pipeline == 1
+        self.uses_hooks = self.zero_stage > 0 and self.pipeline == 1
         if runtime.tensor_size > 1:
             sum_replicated_gradients(parameter_map)
         for tensor in parameter_map:
-            # DeepSpeed's gradient norm would count a tied embedding on both of its stages.
-            tensor.parameter.ds_pipe_replicated = tensor.is_copy  # type: ignore[attr-defined]
+            compat.mark_pipeline_copy(tensor.parameter, tensor.is_copy)
         adam = torch.optim.AdamW(
             groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
         )
-        self.deepspeed, *_ = deepspeed.initialize(
+        self.deepspeed = compat.initialize(
+            deepspeed,
             model=_Chunks(chunks),
             optimizer=adam,
-            config=values,
+            config=self.deepspeed_config,
             mpu=ModelParallelUnit(),
             dist_init_required=False,
         )
         self.optimizer = self.deepspeed.optimizer
         for chunk in chunks:
-            chunk.config.no_sync_func = self._inner_microbatches if self.hooked else None
-        self.state = OptimizerState(self.optimizer, self.stage, parameter_map, runtime)
-        self._forward_backward = get_forward_backward_func()
+            chunk.config.no_sync_func = self._inner_microbatches if self.uses_hooks else None
+        self.state = OptimizerState(self.optimizer, self.zero_stage, parameter_map, runtime)
         self.forward_clock = ForwardClock(runtime.device)
         self.grad_norm = math.nan
 
-    # -- one step ------------------------------------------------------------------------------------------------
+    # -- batches through the model -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _inner_microbatches(self) -> Iterator[None]:
@@ -168,115 +159,183 @@ class Engine:
         yield
         self.deepspeed.set_gradient_accumulation_boundary(True)
 
-    def _inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        on_device = {key: value.to(self.runtime.device, non_blocking=True) for key, value in batch.items()}
-        documents = on_device.pop("document_ids", None)
-        mask = None if documents is None else document_mask(documents)
-        return {**on_device, "attention_mask": mask}
+    def forward(self, chunk: Any, batch: Batch, needs: Literal["loss", "logits"] = "loss") -> Tensor:
+        """One chunk on one batch on the device.
 
-    def _run(self, batches: list[dict[str, Tensor]], scale: float, train: bool) -> float:
-        """Run the schedule; returns the sum over this rank's tokens of their loss (0 on all but the last stage)."""
-        count = len(batches)
+        Returns:
+            On the last stage the loss per token [b, s] in nats, fp32, or this tensor-parallel rank's logits
+            [b, s, padded vocabulary / t]; on the others hidden states.
+        """
+        mask = None if batch.document_ids is None else document_mask(batch.document_ids)
+        module = self.deepspeed if self.uses_hooks else chunk
+        labels = batch.labels if needs == "loss" else None
+        output: Tensor = module(batch.tokens, batch.position_ids, mask, labels=labels)
+        return output
 
-        def forward_step(iterator: Iterator[dict[str, Tensor]], chunk: Any, *_: Any) -> tuple[Tensor, Any]:
-            inputs = self._inputs(next(iterator))
-            mask = inputs.pop("loss_mask")
-            module = self.deepspeed if self.hooked else chunk
-            positions, attention = inputs["position_ids"], inputs["attention_mask"]
+    def run(
+        self,
+        batches: list[Batch],
+        output_function: OutputFunction,
+        *,
+        train: bool = False,
+        needs: Literal["loss", "logits"] = "loss",
+    ) -> list[Tensor]:
+        """Run this data-parallel rank's microbatches through the model; every rank calls this.
+
+        Args:
+            batches: as many and of the same shape on every rank; with virtual stages a multiple of the number of stages.
+            output_function: (output, batch) -> tensor, on the last stage; see `forward` for the output. When training, a
+                scalar whose sum over the microbatches of all data-parallel ranks, over their number, is differentiated.
+            train: also run backward; gradients are left for `step` or `discard`. Otherwise nothing is recorded for it.
+            needs: what the output function works on.
+
+        Returns:
+            What it returned for each microbatch; empty on all stages but the last.
+        """
+
+        def forward(chunk: Any, batch: Batch) -> Tensor:
+            if not train:
+                return self.forward(chunk, batch, needs)
             with self.forward_clock.measure():
-                output = module(inputs["tokens"], positions, attention, labels=inputs["labels"])
+                return self.forward(chunk, batch, needs)
 
-            def loss_of(output: Tensor) -> tuple[Tensor, Tensor]:
-                total = (output.float() * mask).sum()
-                # The schedule divides by the number of microbatches.
-                return total * (scale * count), total.detach()
+        def run() -> list[Tensor]:
+            return run_schedule(self.chunks, batches, forward, output_function, device=self.runtime.device, train=train)
 
-            return output, loss_of
+        if not train:
+            self.deepspeed.eval()
+            try:
+                with torch.no_grad():
+                    return run()
+            finally:
+                self.deepspeed.train()
+        values = run()
+        if not self.uses_hooks:
+            self._reduce()
+        return values
 
-        iterators = [iter(batches) for _ in self.chunks]
-        losses = self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=count,
-            seq_length=batches[0]["tokens"].shape[1],
-            micro_batch_size=batches[0]["tokens"].shape[0],
-            forward_only=not train,
-        )
-        return float(torch.stack(losses).double().sum()) if losses else 0.0
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Sum float64 values over data-parallel ranks and give them to every stage.
 
-    def _sum_over_ranks(self, loss: float, tokens: float) -> tuple[float, float]:
-        """Sum loss and tokens over data-parallel ranks and give them to every stage.
-
-        Only the last stage knows the loss; each of its tensor-parallel ranks holds the same one.
+        Only the last stage knows them; each of its tensor-parallel ranks holds the same ones.
         """
         runtime = self.runtime
         if runtime.size == 1:
-            return loss, tokens
-        mine = float(runtime.is_last_stage and runtime.tensor_rank == 0)
-        total = torch.tensor([loss * mine, tokens * mine], dtype=torch.float64, device=runtime.device)
+            return values
+        if not (runtime.is_last_stage and runtime.tensor_rank == 0):
+            values = torch.zeros_like(values)
+        total = values.to(runtime.device)
         dist.all_reduce(total)
-        return float(total[0]), float(total[1])
+        return total.cpu()
 
-    def forward_backward(self, batches: list[dict[str, Tensor]]) -> float:
+    def forward_backward(self, batches: list[Batch]) -> float:
         """Forward and backward of one global batch; gradients are left for `step` or `discard`.
 
         The loss of a batch is the mean over all its unmasked tokens, wherever they lie, so that a layout with other
         microbatches has the same gradient.
 
         Args:
-            batches: this data-parallel rank's microbatches: tokens, labels, loss_mask, position_ids [b, s].
+            batches: this data-parallel rank's microbatches.
 
         Returns:
             Mean loss of the global batch. Unit: nats per token.
         """
-        self.deepspeed.train()
-        _, tokens = self._sum_over_ranks(0.0, float(sum(batch["loss_mask"].sum() for batch in batches)))
+        local = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
+        tokens = max(float(self._over_ranks(local)), 1.0)
         # DeepSpeed averages over data-parallel ranks.
-        loss = self._run(batches, self.runtime.data_size / max(tokens, 1.0), train=True)
-        if not self.hooked:
-            self._reduce()
-        return self._sum_over_ranks(loss, 0.0)[0] / max(tokens, 1.0)
+        scale = self.runtime.data_size / tokens
+        totals: list[Tensor] = []
+
+        def objective(output: Tensor, batch: Batch) -> Tensor:
+            total = (output.float() * batch.loss_mask).sum()
+            totals.append(total.detach())
+            return total * scale
+
+        self.run(batches, objective, train=True)
+        nats = torch.stack(totals).double().sum().cpu() if totals else torch.zeros((), dtype=torch.float64)
+        return float(self._over_ranks(nats)) / tokens
+
+    def evaluate(self, evaluation_set: EvaluationSet, batches: list[Batch]) -> Tensor:
+        """Sums of an evaluation set's `measure` over batches of all data-parallel ranks: float64, on every rank."""
+
+        def measure(output: Tensor, batch: Batch) -> Tensor:
+            if evaluation_set.needs == "token_scores":
+                output = label_scores(output, batch.labels, self._vocab_size)
+            return evaluation_set.measure(batch, output)
+
+        values = self.run(batches, measure, needs="loss" if evaluation_set.needs == "loss" else "logits")
+        zeros = torch.zeros(len(evaluation_set.sums), dtype=torch.float64)
+        return self._over_ranks(torch.stack(values).sum(0).cpu() if values else zeros)
+
+    @property
+    def _vocab_size(self) -> int:
+        size = self.config.model.vocab_size
+        assert size is not None
+        return size
+
+    def token_scores(self, batches: list[Batch]) -> Tensor:
+        """Log-probability of every label, and the most likely token, at every position; every rank calls this.
+
+        Raises:
+            DistributedError: another rank failed before its share was done. A rank's own error is raised as it is. (A rank
+                that fails while others wait for it inside the model cannot tell them, as in a training step.)
+
+        Returns:
+            [data-parallel ranks, microbatches, b, s, 2] on the CPU, the same on every rank: nats, and a token's number.
+        """
+        runtime = self.runtime
+        values: list[Tensor] = []
+        problem: Exception | None = None
+        try:
+            values = self.run(
+                batches, lambda logits, batch: label_scores(logits, batch.labels, self._vocab_size), needs="logits"
+            )
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before they wait for this one
+            problem = error
+        if runtime.any_rank(problem is not None):
+            raise problem or DistributedError("another rank failed while it scored tokens: see its message")
+        scores = torch.zeros(runtime.data_size, len(batches), *batches[0].tokens.shape, 2, device=runtime.device)
+        if runtime.is_last_stage and runtime.tensor_rank == 0:
+            scores[runtime.data_rank] = torch.stack(values)
+        if runtime.size > 1:
+            dist.all_reduce(scores)
+        return scores.cpu()
+
+    # -- the update ----------------------------------------------------------------------------------------------
 
     def _reduce(self) -> None:
-        """On the bare road: sum tied embeddings over their two stages, then average over data-parallel ranks."""
+        """On the explicit-reduction path: sum tied embeddings over their two stages, then average over data-parallel
+        ranks."""
         if self.config.model.tie_embeddings and self.pipeline > 1:
             for tensor in self.map:
                 if tensor.role == "embedding" and tensor.parameter.grad is not None:
                     dist.all_reduce(tensor.parameter.grad, group=parallel_state.get_embedding_group())
-        self.deepspeed.set_gradient_accumulation_boundary(True)
-        if self.stage == 0:
-            # On one rank DeepSpeed would still flatten and copy every gradient.
-            if self.runtime.data_size > 1:
-                self.deepspeed.allreduce_gradients()
-        elif hasattr(self.optimizer, "reduce_gradients"):
-            self.optimizer.reduce_gradients(pipeline_parallel=True)
+        # On one rank without ZeRO, DeepSpeed would still flatten and copy every gradient.
+        if self.zero_stage > 0 or self.runtime.data_size > 1:
+            compat.reduce_gradients(self.deepspeed, self.optimizer, self.zero_stage)
         else:
-            # bf16 weights under ZeRO 1: hooks have summed the microbatches' gradients in fp32.
-            self.deepspeed.allreduce_gradients()
+            self.deepspeed.set_gradient_accumulation_boundary(True)
 
     def _clip(self, limit: float) -> float:
-        """Clip to a global L2 norm (0: do not); returns the norm before. For ZeRO 0, where DeepSpeed does not tell it.
+        """Clip to a global L2 norm (0: do not); returns the norm before. For ZeRO 0, where DeepSpeed does not report it.
 
         Each logical weight counts once: replicated ones on the first tensor-parallel rank, a tied embedding on the
         first stage.
         """
-        gradients = [tensor.parameter.grad for tensor in self.map if tensor.parameter.grad is not None]
+        with_gradient = [tensor for tensor in self.map if tensor.parameter.grad is not None]
         counted = [
             tensor.parameter.grad
-            for tensor in self.map
-            if tensor.parameter.grad is not None
-            and (tensor.is_split or self.runtime.tensor_rank == 0)
-            and not tensor.is_copy
+            for tensor in with_gradient
+            if (tensor.is_split or self.runtime.tensor_rank == 0) and not tensor.is_copy
         ]
-        square = torch.zeros((), dtype=torch.float32, device=self.runtime.device)
-        if counted:
-            square += torch.nn.utils.get_total_norm(counted) ** 2
+        square = sum_of_squares([gradient for gradient in counted if gradient is not None], self.runtime.device)
         if self.runtime.size > 1:
             dist.all_reduce(square, group=self.runtime.model_group)
         norm = float(square.sqrt())
         if 0 < limit < norm:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            torch.nn.utils.clip_grads_with_norm_(
+                [tensor.parameter for tensor in with_gradient], limit, square.sqrt().float()
+            )
         return norm
 
     def step(self) -> bool:
@@ -284,9 +343,9 @@ class Engine:
 
         Returns:
             Whether the update was made. It is left out, weights and moments untouched, when the gradient norm is not
-            finite; `grad_norm` tells.
+            finite; `grad_norm` holds it.
         """
-        if self.stage == 0:
+        if self.zero_stage == 0:
             self.grad_norm = self._clip(self.config.optimizer.clip_grad)
             if not math.isfinite(self.grad_norm):
                 self.deepspeed.zero_grad()
@@ -299,76 +358,15 @@ class Engine:
 
     def discard(self) -> None:
         """Drop the gradients of `forward_backward`; weights and moments stay."""
-        if self.stage == 0:
+        if self.zero_stage == 0:
             self.deepspeed.zero_grad()
-            return
-        if hasattr(self.optimizer, "clear_hp_grads"):
-            self.optimizer.clear_hp_grads()
-            self.optimizer.clear_lp_grads()
-            return
-        # DeepSpeed leaves a step out, and cleans up after it, when the norm is not a number.
-        bad = torch.tensor(math.nan, device=self.runtime.device)
-        method = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
-        setattr(self.optimizer, method, lambda *_, **__: [bad] if self.stage == 3 else bad)
-        try:
-            self.deepspeed.step()
-        finally:
-            delattr(self.optimizer, method)
+        else:
+            compat.drop_gradients(self.deepspeed, self.optimizer, self.zero_stage)
 
-    @torch.no_grad()
-    def evaluate(self, batches: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """Summed loss and number of unmasked tokens over all data-parallel ranks. Unit: nats, tokens."""
-        self.deepspeed.eval()
-        try:
-            loss = self._run(batches, 1.0, train=False)
-        finally:
-            self.deepspeed.train()
-        return self._sum_over_ranks(loss, float(sum(batch["loss_mask"].sum() for batch in batches)))
-
-    @torch.no_grad()
-    def next_token(self, tokens: Tensor, position: int) -> int:
-        """Greedy continuation: the most likely token after `position`, the same on every rank.
-
-        Args:
-            tokens: [1, s] on the CPU, the same on every rank.
-            position: index of the last known token.
-        """
-        self.deepspeed.eval()
-        # The interleaved schedule runs a multiple of the number of stages.
-        count = self.pipeline if len(self.chunks) > 1 else 1
-        positions = torch.arange(tokens.shape[1]).unsqueeze(0)
-
-        def forward_step(_: Any, chunk: Any, *__: Any) -> tuple[Tensor, Any]:
-            inputs = self._inputs({"tokens": tokens, "position_ids": positions})
-            module = self.deepspeed if self.hooked else chunk
-            output = module(inputs["tokens"], inputs["position_ids"], None, runtime_gather_output=True)
-            return output, lambda output, **_: output[0, position, : self.config.model.vocab_size].float().argmax()
-
-        found = self._forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=[iter(())] * len(self.chunks) if len(self.chunks) > 1 else iter(()),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=count,
-            seq_length=tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        self.deepspeed.train()
-        best = int(found[0]) if found else -1
-        if self.runtime.size == 1:
-            return best
-        value = torch.tensor([best], device=self.runtime.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.runtime.model_group)
-        return int(value)
-
-    def token_scores(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        """Log-probability of every label, and the most likely token, at every position: see `token_scores.py`."""
-        self.deepspeed.eval()
-        try:
-            return token_scores(self, batches)
-        finally:
-            self.deepspeed.train()
+    def set_learning_rate(self, lr: float) -> None:
+        """Set every group's rate to `lr` times the group's factor."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and of Megatron's groups, so that this process can lay out another model.
@@ -379,8 +377,3 @@ class Engine:
             chunk.config.no_sync_func = None
         self.deepspeed.destroy()
         self.runtime.close_groups()
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set every group's rate to `lr` times the group's factor."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]

@@ -9,8 +9,9 @@ import torch
 
 from megagamma.config.rules import zero_stage
 from megagamma.config.schema import Config
+from megagamma.distributed.compat.deepspeed import import_deepspeed
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
-from megagamma.distributed.engine import ModelParallelUnit, import_deepspeed
+from megagamma.distributed.engine import ModelParallelUnit
 from megagamma.distributed.runtime import Runtime
 
 
@@ -22,7 +23,7 @@ def building(config: Config, runtime: Runtime, dtype: torch.dtype) -> contextlib
     values = fill_deepspeed_config(config, runtime.data_size, dtype == torch.bfloat16)
     if zero_stage(values) < 3 or runtime.data_size == 1:
         return contextlib.nullcontext()
-    deepspeed = import_deepspeed(runtime)
+    deepspeed = import_deepspeed(runtime.device.type == "cpu")
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     context: contextlib.AbstractContextManager[Any] = deepspeed.zero.Init(
         data_parallel_group=runtime.data_group,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megagamma.distributed.compat.deepspeed import local_partition
 from megagamma.errors import TrainingError
 from megagamma.model.parameters import MappedTensor
 
@@ -30,16 +31,11 @@ def fingerprint(values: Tensor) -> Tensor:
     return torch.stack((rows.sum(), (rows * places).sum()))
 
 
-def _local(tensor: MappedTensor) -> Tensor:
-    parameter: Any = tensor.parameter
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
-
-
 def _compare(tensors: list[MappedTensor], group: Any, over: str) -> None:
     """Raise when any of the tensors differs over the ranks of a group."""
     if not tensors or dist.get_world_size(group) == 1:
         return
-    mine = torch.stack([fingerprint(_local(tensor)) for tensor in tensors])
+    mine = torch.stack([fingerprint(local_partition(tensor.parameter)) for tensor in tensors])
     most, least = mine.clone(), mine.clone()
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
@@ -61,7 +57,7 @@ def check_replicas(engine: Any) -> None:
         TrainingError: on the ranks that hold it, naming the first weight whose copies differ.
     """
     tensors = list(engine.map)
-    if engine.stage < 3:  # ZeRO 3 spreads the weights, so that there are no copies
+    if engine.zero_stage < 3:  # ZeRO 3 partitions the weights, so that there are no copies
         _compare(tensors, engine.runtime.data_group, "data-parallel")
     replicated = [tensor for tensor in tensors if not tensor.is_split]
     _compare(replicated, parallel_state.get_tensor_model_parallel_group(), "tensor-parallel")

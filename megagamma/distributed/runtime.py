@@ -1,8 +1,4 @@
-"""Process groups, devices and threads: the one place that knows which accelerator this is.
-
-Megatron-core names CUDA in a few places that a CPU run reaches. `_run_megatron_on_cpu` redirects them, once, and
-only when the run is on a CPU.
-"""
+"""Process groups, devices and threads: the one place that knows which accelerator this is."""
 
 from __future__ import annotations
 
@@ -18,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megagamma.config.schema import Config
+from megagamma.distributed.compat.megatron import run_on_cpu
+from megagamma.distributed.compat.torch import process_groups
 from megagamma.distributed.rendezvous import meet
 from megagamma.errors import ConfigurationError, MegagammaError
 
@@ -74,34 +72,6 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         error.on_one_rank = True
         raise error
     return torch.device("cuda", local_rank)
-
-
-class _TorchOnCPU:
-    """The torch module with `zeros(device="cuda")` made on the CPU, for Megatron's schedules."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def zeros(self, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
-
-
-def _run_megatron_on_cpu() -> None:
-    """Redirect the places where Megatron-core names CUDA. Idempotent."""
-    from megatron.core.pipeline_parallel import schedules
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    if isinstance(schedules.torch, _TorchOnCPU):
-        return
-    cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
-    schedules.torch = _TorchOnCPU()
-    # Random states of activation checkpointing. There is no dropout, so nothing is drawn from them.
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    megatron_random.get_cuda_rng_tracker().states_["model-parallel-rng"] = torch.get_rng_state()
 
 
 class Runtime:
@@ -162,10 +132,10 @@ class Runtime:
         from megatron.core import parallel_state
 
         if self.device.type == "cpu":
-            _run_megatron_on_cpu()
+            run_on_cpu()
         parallel = self.config.parallel
         self.close_groups()
-        before = set(dist.distributed_c10d._world.pg_map)
+        before = process_groups()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -174,7 +144,7 @@ class Runtime:
             distributed_timeout_minutes=self.config.run.timeout_minutes,  # type: ignore[arg-type] # a fraction works
             create_gloo_process_groups=False,
         )
-        Runtime._megatron_groups += [group for group in dist.distributed_c10d._world.pg_map if group not in before]
+        Runtime._megatron_groups += list(process_groups() - before)
         if self.device.type == "cuda":
             from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -189,7 +159,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes the run's files and speaks on the console."""
+        """Whether this is the rank that writes the run's files and writes on the console."""
         return self.rank == 0
 
     @property
@@ -209,7 +179,7 @@ class Runtime:
         dist.all_gather_object(found, value)
         return found
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def run_on_rank0(self, action: Callable[[], T]) -> T:
         """Do something on rank 0 and give its result to all; an exception there is raised on every rank."""
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -224,10 +194,10 @@ class Runtime:
         result: T = outcome[0]
         return result
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Do something on every rank; when it goes wrong on any, all raise what the first of them met.
 
-        So that rank 0, which speaks for the run, tells of a file that only another host lacks, and nobody waits.
+        So that rank 0, which writes the run's messages, names a file that only another host lacks, and nobody waits.
         """
         result: Any = None
         problem: MegagammaError | None = None
@@ -272,8 +242,9 @@ class Runtime:
         while cls._megatron_groups:
             dist.destroy_process_group(cls._megatron_groups.pop())
 
-    def close(self) -> None:
+    @classmethod
+    def close(cls) -> None:
         """Leave the run's process groups."""
-        self.close_groups()
+        cls.close_groups()
         if dist.is_initialized():
             dist.destroy_process_group()

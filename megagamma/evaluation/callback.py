@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-from megagamma.config.schema import Config
-from megagamma.distributed.engine import Engine
+from megagamma.config.schema import Config, ValidationConfig
+from megagamma.errors import ConfigurationError
+from megagamma.training.callbacks.base import Callback, Step
 
 
 def check_harness(config: Config) -> None:
@@ -15,47 +15,68 @@ def check_harness(config: Config) -> None:
     Raises:
         EvaluationError: unknown names with the nearest ones, or sets that are missing and how to get them.
     """
-    asked = config.validation
-    if asked.harness_tasks:
+    options = config.validation
+    if options.harness_tasks:
         from megagamma.evaluation.tasks import check
 
-        check(asked.harness_tasks, asked.harness_include_path, asked.harness_mirror)
+        check(options.harness_tasks, options.harness_include_path, options.harness_mirror)
 
 
-def score_live(engine: Engine, tokenizer: Any, config: Config, step: int, reporter: Any) -> dict[str, float]:
-    """Score the model as it is; every rank calls this.
+class BenchmarkScoring(Callback):
+    """Scores the model as it is every `validation.harness_interval` steps, and after the last one.
 
     Whatever goes wrong is a warning: a run of weeks must not end because of a benchmark. Random states, weights and the
     optimizer's state stay as they are.
-
-    Returns:
-        `harness/<task>/<metric>` -> value on rank 0; nothing on the others, or where all failed.
     """
-    from megagamma.evaluation import live
-    from megagamma.evaluation.harness import evaluate
-    from megagamma.evaluation.tasks import TaskRequest
 
-    asked = config.validation
+    def __init__(self, options: ValidationConfig) -> None:
+        self.options = options
 
-    def score(passes: live.Passes) -> dict[str, float]:
-        try:
-            with live.without_bars():
-                scores = evaluate(
-                    live.LiveModel(passes, tokenizer),
-                    TaskRequest(list(asked.harness_tasks), asked.harness_include_path or None),  # type: ignore[arg-type]
-                    identity=f"step {step}",
-                    limit=asked.harness_limit or None,
-                    seed=config.run.seed,
-                    mirror=asked.harness_mirror or None,
-                    say=logging.getLogger(__name__).info,
-                )
-        except Exception as error:  # noqa: BLE001
-            reporter.warn(f"scoring at step {step} failed, and the run goes on: {type(error).__name__}: {error}")
-            return {}
-        for task, reason in scores.failures.items():
-            reporter.warn(f"scoring {task} at step {step} failed, and the run goes on: {reason}")
-        if scores.records:
-            reporter.say(f"  scores at step {step}:\n{scores.table()}")
-        return {f"harness/{name}": value for name, value in scores.flat().items()}
+    def begin(self) -> None:
+        """Raises: ConfigurationError: the data are no text, which benchmarks are made of."""
+        if self.options.harness_tasks and self.session.data.codec is None:
+            raise ConfigurationError(
+                f"validation.harness_tasks={self.options.harness_tasks}: this run's data are no text: leave it out"
+            )
 
-    return live.lead(engine, score) or {}
+    def after_step(self, step: Step) -> None:
+        """Add harness/<task>/<metric>, on rank 0, when it is due."""
+        interval = self.options.harness_interval
+        due = step.is_last or (bool(interval) and step.number % interval == 0)
+        if self.options.harness_tasks and due:
+            step.values |= self.score(step.number)
+
+    def score(self, step: int) -> dict[str, float]:
+        """Score the model; every rank calls this.
+
+        Returns:
+            `harness/<task>/<metric>` -> value on rank 0; nothing on the others, or where all failed.
+        """
+        from megagamma.evaluation import live
+        from megagamma.evaluation.harness import evaluate
+        from megagamma.evaluation.tasks import TaskRequest
+
+        options, reporter, codec = self.options, self.session.reporter, self.session.data.codec
+
+        def score(passes: live.Passes) -> dict[str, float]:
+            try:
+                with live.without_bars():
+                    scores = evaluate(
+                        live.LiveModel(passes, codec),
+                        TaskRequest(list(options.harness_tasks), options.harness_include_path or None),  # type: ignore[arg-type]
+                        identity=f"step {step}",
+                        limit=options.harness_limit or None,
+                        seed=self.config.run.seed,
+                        mirror=options.harness_mirror or None,
+                        say=logging.getLogger(__name__).info,
+                    )
+            except Exception as error:  # noqa: BLE001
+                reporter.warn(f"scoring at step {step} failed, and the run continues: {type(error).__name__}: {error}")
+                return {}
+            for task, reason in scores.failures.items():
+                reporter.warn(f"scoring {task} at step {step} failed, and the run continues: {reason}")
+            if scores.records:
+                reporter.print(f"  scores at step {step}:\n{scores.table()}")
+            return {f"harness/{name}": value for name, value in scores.flat().items()}
+
+        return live.lead(self.engine, score) or {}

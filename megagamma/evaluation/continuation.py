@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from megagamma.data.batches import Corpus
+from megagamma.data.text import Corpus
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import DataError
 from megagamma.files import write_text

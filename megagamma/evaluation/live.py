@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
+from megagamma.data.contracts import Batch
 from megagamma.errors import EvaluationError
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Passes:
         split = packed.view(2, ranks, self.stages, height, length)[:, self.runtime.data_rank]
         positions = torch.arange(length, device=packed.device).expand(height, length)
         batches = [
-            {"tokens": split[0, index], "labels": split[1, index], "position_ids": positions}
+            Batch(split[0, index], split[1, index], torch.ones_like(split[0, index], dtype=torch.float32), positions)
             for index in range(self.stages)
         ]
         found: Tensor = self.engine.token_scores(batches)

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from megagamma.model.rotary import RotaryTable
+from megagamma.model.rotary import rotate
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -57,12 +57,25 @@ class _Split(torch.autograd.Function):
 
 
 class RotaryAttention(SelfAttention):
-    """Megatron's self-attention that rotates queries and keys by our table.
+    """Megatron's self-attention that rotates queries and keys by the table of `RotaryTable`.
 
-    `GPT` sets `rotary` on every layer and tells Megatron that there is no position embedding.
+    The table arrives as Megatron's `rotary_pos_emb`. It is kept back from the parent, which would rotate in a way of its
+    own, and used within the same call.
     """
 
-    rotary: RotaryTable
+    _table: Tensor
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, hidden]; rotary_pos_emb: see `rotate`."""
+        self._table = rotary_pos_emb
+        return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
 
     def get_query_key_value_tensors(  # type: ignore[override]
         self, hidden_states: Tensor, key_value_states: Any = None, output_gate: bool = False, **_: Any
@@ -80,7 +93,7 @@ class RotaryAttention(SelfAttention):
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return self.rotary.rotate(query), self.rotary.rotate(key), value, *gate
+        return rotate(query, self._table), rotate(key, self._table), value, *gate
 
 
 class ElementwiseGatedAttention(RotaryAttention):

@@ -117,7 +117,6 @@ class GPT(GPTModel):
     """
 
     true_vocab_size: int
-    rotary: RotaryTable
     reset_positions: bool = False
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -138,8 +137,7 @@ class GPT(GPTModel):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's; position ids are followed when `reset_positions` is set."""
-        if self.reset_positions:
-            self.rotary.position_ids = position_ids
+        self.rotary_pos_emb.set_positions(position_ids, consecutive=not self.reset_positions)
         return super().forward(input_ids, position_ids, *args, **kwargs)
 
 
@@ -164,14 +162,12 @@ def _build_chunk(config: Config, core: TransformerConfig, stage: int | None) -> 
         post_process=last,
         parallel_output=True,
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="none",  # the attention modules rotate by a table of ours
+        position_embedding_type="rope",  # whose module is replaced below
         vp_stage=stage,
     )
     chunk.true_vocab_size = model.vocab_size
     chunk.reset_positions = config.data.reset_positions
-    chunk.rotary = RotaryTable(model.head_dim, model.rope_theta)
-    for layer in chunk.decoder.layers:
-        layer.self_attention.rotary = chunk.rotary
+    chunk.rotary_pos_emb = RotaryTable(model.head_dim, model.rope_theta, core.params_dtype)
     return chunk
 
 
@@ -216,7 +212,7 @@ def build_model(config: Config, dtype: torch.dtype, device: torch.device) -> lis
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
-    """Attention mask [b, 1, s, s], True where forbidden: later tokens, and earlier documents of the window."""
+    """Attention mask [b, 1, s, s], True where forbidden: later tokens, and earlier documents of the sequence."""
     same = document_ids.unsqueeze(1) == document_ids.unsqueeze(2)
     causal = torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
     return ~(same & causal).unsqueeze(1)

@@ -67,11 +67,10 @@ def fill(
     drawn: dict[str, Moments] = {}
     for tensor in parameter_map:
         values = tensor.parameter.data
-        partitioned = hasattr(tensor.parameter, "ds_tensor")
-        if partitioned:
+        if tensor.is_partitioned:
             values = torch.empty(tensor.shape, dtype=values.dtype, device=values.device)
         draw(tensor, values, config)
-        if partitioned:
+        if tensor.is_partitioned:
             assert write is not None
             write(tensor, values)
         for part in tensor.parts:

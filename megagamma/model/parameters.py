@@ -218,6 +218,11 @@ class MappedTensor:
         return self.parts[0].logical.role
 
     @property
+    def is_partitioned(self) -> bool:
+        """Whether ZeRO 3 has left an empty stub of the weight here, its shard beside it."""
+        return hasattr(self.parameter, "ds_tensor")
+
+    @property
     def is_copy(self) -> bool:
         """Whether it is the last stage's copy of a tied embedding, whose original is on the first stage."""
         return self.name == "output_layer.weight" and self.role == "embedding"

@@ -1,6 +1,6 @@
 """Rotary position embedding (RoPE, arXiv 2104.09864), halves not interleaved as in Llama.
 
-Megatron's own rotates through concatenations, counts positions along the window whatever the position ids say, and
+Megatron's own rotates through concatenations, counts positions along the sequence whatever the position ids say, and
 computes every layer's cosines anew. Here one table serves all layers of a model chunk.
 """
 
@@ -35,33 +35,57 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-class RotaryTable:
-    """Cosines and sines of a model chunk's positions, computed once per length, device and dtype."""
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate queries or keys to their positions.
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        """Args: head_dim: even; theta: base of the frequencies theta^(-2i/head_dim)."""
-        self.head_dim, self.theta = head_dim, theta
-        self.position_ids: Tensor | None = None
-        """[b, s]: positions of the batch at hand, where they do not just count along the window."""
-        self._known: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+    Args:
+        x: [s, b, heads, head_dim].
+        table: from `RotaryTable`, [2, s, 1 or b, 1, head_dim / 2].
+    """
+    rotated: Tensor = _Rotate.apply(x, table[0], table[1])
+    return rotated
 
-    def _angles(self, positions: Tensor) -> Tensor:
+
+class RotaryTable(torch.nn.Module):
+    """Cosines and sines of a batch's positions, in the place of Megatron's rotary embedding.
+
+    `GPT.forward` says which positions the batch has; Megatron asks for the table in the same call and hands it to every
+    layer as an argument, so that a layer that is computed again in the backward pass sees the table of its own microbatch.
+    """
+
+    def __init__(self, head_dim: int, theta: float, dtype: torch.dtype) -> None:
+        """Args: head_dim: even; theta: base of the frequencies theta^(-2i/head_dim); dtype: of queries and keys."""
+        super().__init__()
+        self.head_dim, self.theta, self.dtype = head_dim, theta, dtype
+        self._position_ids: Tensor | None = None
+        self._consecutive = True
+        self._tables: dict[tuple[int, torch.device], Tensor] = {}
+
+    def set_positions(self, position_ids: Tensor, consecutive: bool) -> None:
+        """Positions of the batch at hand.
+
+        Args:
+            position_ids: int64 [b, s].
+            consecutive: every row counts 0, 1, ..., s - 1, so that one table serves all of this length.
+        """
+        self._position_ids, self._consecutive = position_ids, consecutive
+
+    def _compute(self, positions: Tensor) -> Tensor:
+        """[s, b] -> [2, s, b, 1, head_dim / 2]."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
-        return positions.float().unsqueeze(-1) * (1.0 / self.theta**exponents)
+        angles = (positions.float().unsqueeze(-1) * (1.0 / self.theta**exponents)).unsqueeze(2)
+        return torch.stack((angles.cos(), angles.sin())).to(self.dtype)
 
-    def lookup(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for x [s, b, heads, head_dim]: [s, 1 or b, 1, head_dim / 2] in x's dtype."""
-        if self.position_ids is not None:
-            angles = self._angles(self.position_ids.t()).unsqueeze(2)
-            return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        key = (x.shape[0], x.device, x.dtype)
-        if key not in self._known:
-            angles = self._angles(torch.arange(x.shape[0], device=x.device))[:, None, None]
-            self._known[key] = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        return self._known[key]
+    def get_rotary_seq_len(self, *_: Any, **__: Any) -> int:
+        """Megatron asks; the answer comes back to `forward`, which has the positions themselves."""
+        return 0
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys [s, b, heads, head_dim] to their positions."""
-        cos, sin = self.lookup(x)
-        rotated: Tensor = _Rotate.apply(x, cos, sin)
-        return rotated
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """The table of the batch at hand: [2, s, 1 or b, 1, head_dim / 2]."""
+        assert self._position_ids is not None
+        if not self._consecutive:
+            return self._compute(self._position_ids.t())
+        key = (self._position_ids.shape[1], self._position_ids.device)
+        if key not in self._tables:
+            self._tables[key] = self._compute(torch.arange(key[0], device=key[1]).unsqueeze(1))
+        return self._tables[key]

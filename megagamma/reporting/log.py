@@ -115,11 +115,11 @@ class Reporter:
     """Writes a run's numbers from rank 0; on other ranks it does nothing."""
 
     def __init__(
-        self, folder: Path, logging: LoggingConfig, name: str, config: dict[str, Any], speaks: bool, start_step: int
+        self, folder: Path, logging: LoggingConfig, name: str, config: dict[str, Any], is_main: bool, start_step: int
     ) -> None:
         """Args: start_step: lines of later steps, from before a resume, are dropped."""
-        self.speaks, self.logging = speaks, logging
-        if not speaks:
+        self.is_main, self.logging = is_main, logging
+        if not is_main:
             return
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.events = JsonLines(folder / "events.jsonl")
@@ -128,40 +128,40 @@ class Reporter:
         self.samples.keep_until(start_step)
         self.wandb = WandbMirror(logging, name, folder, config)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print on the console."""
-        if self.speaks:
+        if self.is_main:
             print(text, flush=True)
 
     def warn(self, text: str) -> None:
         """Print a warning on the console and note it as an event."""
-        if self.speaks:
+        if self.is_main:
             print(f"WARNING {text}", file=sys.stderr, flush=True)
             self.event("warning", text=text)
 
     def event(self, kind: str, **values: Any) -> None:
         """Note something that happened in events.jsonl."""
-        if self.speaks:
+        if self.is_main:
             self.events.write({"time": time.time(), "event": kind, **values})
 
     def step(self, values: dict[str, Any], steps: int, console: bool, record: bool) -> None:
         """One step's metrics: to metrics.jsonl and wandb when `record`, and to the console when `console`."""
-        if not self.speaks:
+        if not self.is_main:
             return
         if record:
             self.metrics.write(values)
             self.wandb.write(values)
         if console:
-            self.say(console_line(values, steps))
+            self.print(console_line(values, steps))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """A text sample."""
-        if self.speaks:
+        if self.is_main:
             self.samples.write({"step": step, "prompt": prompt, "text": text})
-            self.say(f"  sample at step {step}: {prompt + text!r}")
+            self.print(f"  sample at step {step}: {prompt + text!r}")
 
     def close(self) -> None:
-        if self.speaks:
+        if self.is_main:
             self.metrics.close()
             self.events.close()
             self.samples.close()
@@ -180,8 +180,3 @@ def console_line(values: dict[str, Any], steps: int) -> str:
         f"{_cell(values['tokens_per_second'], ',.0f')} tok/s  {_cell(values['tflops'], '.3g')} TFLOP/s  "
         f"MFU {_cell(values['mfu'], '.1%')}  {values['memory_gib']:.2f} GiB  eta {duration(values['eta_seconds'])}{slow}"
     )
-
-
-def validation_line(step: int, name: str, loss: float, bits: float, tokens: int) -> str:
-    """One line per validation set."""
-    return f"  validation at step {step}: {name}: {loss:.4f} nats/token, {bits:.4f} bits/byte over {tokens:,} tokens"

@@ -83,7 +83,7 @@ def trace(arguments: list[str], steps: int) -> Trace:
     """Build, fill and train on this rank of a pool; the weights are hashed before the first step."""
     from megagamma.checkpoint.saver import whole_tensors
     from megagamma.config.io import parse_config
-    from megagamma.data.batches import microbatch_ids
+    from megagamma.data.contracts import rank_microbatches
     from megagamma.data.sources import open_data
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.training.assembly import fresh_engine
@@ -91,7 +91,8 @@ def trace(arguments: list[str], steps: int) -> Trace:
     world = world_from_environment()
     config = parse_config(arguments, world_size=world.size)
     runtime = Runtime(config, world)
-    source = open_data(config).train
+    data = open_data(config)
+    config.model.vocab_size = data.vocab_size
     engine = fresh_engine(config, runtime)
     mine = {
         name: hashlib.sha256(values.numpy().tobytes()).hexdigest()
@@ -102,10 +103,7 @@ def trace(arguments: list[str], steps: int) -> Trace:
     losses, norms = [], []
     for step in range(steps):
         engine.set_learning_rate(config.optimizer.lr)
-        batches = [
-            source.batch(microbatch_ids(step * size, index, micro, runtime.data_rank, runtime.data_size))
-            for index in range(size // (micro * runtime.data_size))
-        ]
+        batches = rank_microbatches(data.train, step * size, size, micro, runtime.data_rank, runtime.data_size)
         losses.append(engine.forward_backward(batches))
         engine.step()
         norms.append(engine.grad_norm)

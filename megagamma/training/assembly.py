@@ -1,7 +1,8 @@
-"""A freshly drawn model in its engine, for whatever needs no run's folder: studies of layouts, benchmarks, tests."""
+"""A model in its engine: its precision, its parts, its weights. Also for what needs no run's folder, such as benchmarks."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -17,6 +18,34 @@ from megagamma.model.parameters import ParameterMap
 from megagamma.training.optimizer import parameter_groups
 
 
+def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """`precision.dtype` as a dtype, and a warning with the measured ratio for bf16 on a CPU."""
+    wanted = config.precision.dtype
+    if wanted == "auto":
+        wanted = "bf16" if device.type == "cuda" else "fp32"
+    if wanted == "fp32":
+        return torch.float32, None
+    if device.type == "cuda":
+        return torch.bfloat16, None
+    ratio = matmul_speed(torch.bfloat16) / matmul_speed(torch.float32)
+    advice = "use --precision.dtype fp32" if ratio < 1 else "which loses precision against fp32"
+    return (
+        torch.bfloat16,
+        f"precision.dtype=bf16 on a CPU: its matrix products run at {ratio:.2f} x fp32 here: {advice}",
+    )
+
+
+def matmul_speed(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
+    """Best rate of a few square matrix products on the CPU. Unit: FLOP/s."""
+    a = torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
 def build(config: Config, runtime: Runtime, dtype: torch.dtype) -> tuple[list[Any], ParameterMap]:
     """This rank's part of the model, unfilled and under ZeRO 3 partitioned already, and its map."""
     with building(config, runtime, dtype):
@@ -24,14 +53,14 @@ def build(config: Config, runtime: Runtime, dtype: torch.dtype) -> tuple[list[An
     return chunks, ParameterMap(chunks, config.model, runtime.tensor_rank, runtime.tensor_size)
 
 
-def fresh_engine(config: Config, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Engine:
+def fresh_engine(config: Config, runtime: Runtime) -> Engine:
     """Build this rank's part of the model, fill it, and hand it to DeepSpeed.
 
     Args:
         config: resolved and validated, vocabulary known.
         runtime: this process, its groups formed.
-        dtype: of the weights.
     """
+    dtype, _warning = choose_dtype(config, runtime.device)
     chunks, parameter_map = build(config, runtime, dtype)
     fill(parameter_map, config, partition_writer(runtime))
     return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))

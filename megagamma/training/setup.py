@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from megagamma.checkpoint import reader as reading
-from megagamma.checkpoint import saver as checkpoint
+from megagamma.checkpoint import saver
+from megagamma.checkpoint.reader import read_manifest, steps_saved
 from megagamma.config.io import as_dict, differences, from_dict, save_config
 from megagamma.config.schema import Config
 from megagamma.data.schedule import total_steps
-from megagamma.data.sources import RunData, open_data
+from megagamma.data.sources import RunData
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
 from megagamma.errors import CheckpointError, ConfigurationError
-from megagamma.evaluation.callback import check_harness
 from megagamma.files import copy_file, require_writable, write_json
 from megagamma.initialization.report import (
-    MatrixReport,
     as_json,
     by_role,
     check,
@@ -36,41 +36,13 @@ from megagamma.model.parameters import ParameterMap
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
 from megagamma.runs.provenance import provenance
-from megagamma.training.assembly import build
+from megagamma.training.assembly import build, choose_dtype
 from megagamma.training.optimizer import describe_groups, parameter_groups
-
-
-def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """`precision.dtype` as a dtype, and a warning with the measured ratio for bf16 on a CPU."""
-    wanted = config.precision.dtype
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" else "fp32"
-    if wanted == "fp32":
-        return torch.float32, None
-    if device.type == "cuda":
-        return torch.bfloat16, None
-    ratio = matmul_speed(torch.bfloat16) / matmul_speed(torch.float32)
-    advice = "use --precision.dtype fp32" if ratio < 1 else "which loses precision against fp32"
-    return (
-        torch.bfloat16,
-        f"precision.dtype=bf16 on a CPU: its matrix products run at {ratio:.2f} x fp32 here: {advice}",
-    )
-
-
-def matmul_speed(dtype: torch.dtype, size: int = 512, repeats: int = 3) -> float:
-    """Best rate of a few square matrix products on the CPU. Unit: FLOP/s."""
-    a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
 
 
 @dataclass
 class Session:
-    """A run that is ready for its next step."""
+    """A run that is ready for its next step. As a context it lets go of the folder and the process groups at its end."""
 
     config: Config
     runtime: Runtime
@@ -80,14 +52,39 @@ class Session:
     folder: Path
     steps: int
     step: int = 0
+    """Steps done."""
     consumed: int = 0
+    """Samples consumed."""
     seconds: float = 0.0
+    """Spent in steps, over all processes that trained the run."""
     progress: dict[str, Any] = field(default_factory=dict)
+    """What callbacks kept in the checkpoint, by their keys."""
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
+
+    def describe(self) -> str:
+        """What is trained where, as one line."""
+        config, runtime = self.config, self.runtime
+        return (
+            f"training {self.folder} from step {self.step} to {self.steps}: {config.data.global_batch_size} samples of "
+            f"{config.data.sequence_length} tokens a step, on {runtime.size} x {runtime.device.type} "
+            f"(tensor {runtime.tensor_size}, pipeline {config.parallel.pipeline}, data {runtime.data_size}, "
+            f"ZeRO {self.engine.zero_stage})"
+        )
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.reporter.close()
+        # After an error other ranks may be gone, and leaving the groups would wait for them.
+        if kind is None:
+            self.engine.close()
 
 
 def _check_folder(config: Config) -> None:
@@ -97,7 +94,7 @@ def _check_folder(config: Config) -> None:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
     """
     folder = Path(config.run.folder)
-    saved = reading.steps_saved(folder / "checkpoints")
+    saved = steps_saved(folder / "checkpoints")
     mode = config.run.resume
     if mode == "never" and (saved or (folder / "metrics.jsonl").exists()):
         raise ConfigurationError(
@@ -116,10 +113,10 @@ _FIXED_SECTIONS = ("model", "init")
 
 
 def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fingerprint: str) -> list[str]:
-    """Refuse a resume with another model; returns other knobs that changed.
+    """Refuse a resume with another model; returns other options that changed.
 
     Raises:
-        CheckpointError: naming the knobs, with both values.
+        CheckpointError: naming the options, with both values.
     """
     if manifest["tokenizer"] not in (fingerprint, ""):  # a model imported without one takes any
         raise CheckpointError(
@@ -137,8 +134,8 @@ def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fing
     return differences(saved, config, ("data", "optimizer", "schedule"))
 
 
-def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, folder: Path) -> list[MatrixReport]:
-    """Fill the weights and report what was drawn; refuses weights that are not what was asked for."""
+def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, folder: Path) -> None:
+    """Fill the weights and report what was drawn; refuses weights that do not have their target std."""
     drawn = fill(parameter_map, config, partition_writer(runtime))
     matrices = report_drawn(drawn, config, runtime.gather_over_model)
     roles = by_role(matrices, config.init)
@@ -148,67 +145,94 @@ def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, f
         print(table(roles))
         print("\n".join(saturation_lines(saturation, config.model.norm_epsilon)), flush=True)
     check(matrices, config.init.max_z)
-    return matrices
 
 
-def prepare_session(config: Config) -> Session:
-    """Join the process groups, open the data, build, fill and lay out the model, and resume if there is a checkpoint.
+@dataclass
+class _Resume:
+    """The checkpoint that a run resumes from."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    corrupt: list[str]
+    """What was wrong with the newer ones."""
+    changed: list[str]
+    """Options that have other values than before."""
+
+
+def _find_resume(config: Config, runtime: Runtime, folder: Path, fingerprint: str) -> _Resume | None:
+    newest = saver.newest_valid(runtime, folder / "checkpoints", config.checkpoint.on_damage == "previous")
+    if newest is None:
+        return None
+    source, corrupt = newest
+    manifest = read_manifest(source)
+    return _Resume(source, manifest, corrupt, _check_same_run(folder, config, manifest, fingerprint))
+
+
+def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Config], RunData]) -> Session:
+    """Open the data, build, fill and lay out the model, and resume if there is a checkpoint.
+
+    Args:
+        config: resolved, and validated for the world's size; its vocabulary is filled in when it was left to the data.
+        runtime: this process, its groups formed.
+        open_data: opens the run's data.
 
     Raises:
         MegagammaError: one clear reason, before a step is made and with everything that was there untouched.
     """
-    runtime = Runtime(config)
-    runtime.on_main(lambda: _check_folder(config))
-    runtime.on_main(lambda: check_harness(config))
+    runtime.run_on_rank0(lambda: _check_folder(config))
     folder = Path(config.run.folder)
-    data = runtime.together(lambda: open_data(config))
+    data = runtime.run_on_all_ranks(lambda: open_data(config))
+    if config.model.vocab_size is None:
+        config.model.vocab_size = data.vocab_size
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
-    steps = total_steps(config)
     dtype, warning = choose_dtype(config, runtime.device)
-    manifest = None
-    changed: list[str] = []
-    found = checkpoint.newest_sound(runtime, folder / "checkpoints", config.checkpoint.on_damage == "previous")
-    if found is not None:
-        source, damaged = found
-        manifest = reading.read_manifest(source)
-        changed = _check_same_run(folder, config, manifest, data.tokenizer.fingerprint)
+    resume = _find_resume(config, runtime, folder, data.fingerprint)
 
     begin = time.perf_counter()
     chunks, parameter_map = build(config, runtime, dtype)
-    if manifest is None:
+    if resume is None:
         _initialize(config, runtime, parameter_map, folder)
     else:
         parameter_map.mark_tensor_parallel()
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
-    session = Session(config, runtime, data, engine, None, folder, steps)  # type: ignore[arg-type]
-    if manifest is not None:
-        manifest = checkpoint.load(engine, source)
-        session.step, session.consumed = manifest["step"], manifest["consumed_samples"]
-        session.seconds, session.progress = manifest["seconds"], manifest["progress"]
+    step = 0
+    if resume is not None:
+        manifest = saver.load(engine, resume.folder)
+        step = manifest["step"]
     elif dtype != torch.float32:
-        _refine_masters(engine, config)
+        refine_masters(engine, config)
     origin = provenance(config, runtime)
-    name = config.run.name
-    session.reporter = Reporter(folder, config.logging, name, as_dict(config), runtime.is_main, session.step)
+    reporter = Reporter(folder, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
+    session = Session(config, runtime, data, engine, reporter, folder, total_steps(config), step)
+    if resume is not None:
+        session.consumed, session.seconds = manifest["consumed_samples"], manifest["seconds"]
+        session.progress = manifest["progress"]
     if runtime.is_main:
         save_config(config, folder / "config.yaml")
-        # The run's folder tells all that an export needs, when the data is elsewhere.
-        copy_file(data.tokenizer.path, folder / "tokenizer.model")
+        if data.codec is not None:
+            # The run's folder holds all that an export needs, when the data is elsewhere.
+            copy_file(data.codec.path, folder / "tokenizer.model")
         write_json(folder / "provenance.json", origin)
-        if warning:
-            session.reporter.warn(warning)
-        for line in describe_groups(parameter_map, config.optimizer):
-            session.reporter.say(line)
-        for text in damaged if found is not None else []:
-            session.reporter.warn(f"{text}: resuming from {source.name}")
-        if changed:
-            session.reporter.warn(f"resuming with other knobs than before: {'; '.join(changed)}")
-        kind = "start" if manifest is None else "resume"
-        session.reporter.event(kind, step=session.step, seconds_to_build=time.perf_counter() - begin, pid=os.getpid())
+    _report_start(session, resume, warning, time.perf_counter() - begin)
     return session
 
 
-def _refine_masters(engine: Engine, config: Config) -> None:
+def _report_start(session: Session, resume: _Resume | None, warning: str | None, seconds: float) -> None:
+    reporter = session.reporter
+    if warning:
+        reporter.warn(warning)
+    for line in describe_groups(session.engine.map, session.config.optimizer):
+        reporter.print(line)
+    if resume is not None:
+        for text in resume.corrupt:
+            reporter.warn(f"{text}: resuming from {resume.folder.name}")
+        if resume.changed:
+            reporter.warn(f"resuming with other options than before: {'; '.join(resume.changed)}")
+    kind = "start" if resume is None else "resume"
+    reporter.event(kind, step=session.step, seconds_to_build=seconds, pid=os.getpid())
+
+
+def refine_masters(engine: Engine, config: Config) -> None:
     """Draw the fp32 master weights anew: DeepSpeed made them from weights that were rounded to bf16."""
     for tensor in engine.map:
         exact = torch.empty(tensor.shape, dtype=torch.float32, device=engine.runtime.device)

@@ -111,11 +111,6 @@ RULES: list[tuple[str, int, tuple[str, ...]]] = [
     ("--parallel.context 2", 2, ("parallel.context=2", "use 1")),
     ("--parallel.tensor 2", 3, ("parallel.tensor=2", "number of processes, 3", "a multiple of 2")),
     (
-        "--parallel.pipeline 2 --data.reset_positions true --model.recompute full",
-        2,
-        ("model.recompute=full", "data.reset_positions", "--model.recompute selective"),
-    ),
-    (
         "--parallel.pipeline 2 --parallel.virtual_pipeline 2 --data.global_batch_size 5",
         2,
         ("data.global_batch_size=5", "parallel.pipeline=2", "use 2 or a multiple"),

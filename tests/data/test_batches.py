@@ -9,20 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from megagamma.data.batches import (
-    BatchSource,
-    Blend,
-    Corpus,
-    CorpusSampler,
-    ValidationSet,
-    collate,
-    inspect_batch,
-    keyed_permutation,
-    microbatch_ids,
-)
+from megagamma.data.blend import Blend
+from megagamma.data.contracts import microbatch_ids, rank_microbatches
+from megagamma.data.inspect import inspect_batch
 from megagamma.data.preparation.corpus import Source, tiny_document
 from megagamma.data.preparation.indexing import index_bytes
 from megagamma.data.preparation.prepare import PrepareSettings, embedded_settings, prepare
+from megagamma.data.text import Corpus, CorpusSampler, keyed_permutation
+from megagamma.data.text_batches import TextEvaluation, TextSource, collate
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 
@@ -218,8 +212,8 @@ def test_blend_defaults_to_the_corpora_tokens_and_refuses_bad_weights():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_every_layout_sees_the_same_global_batch(corpus, ranks, micro):
-    source = BatchSource(Blend([CorpusSampler(corpus, 32, 1)]), 32)
-    rows = [source.global_batch(48, 16, rank, ranks, micro)["tokens"] for rank in range(ranks)]
+    source = TextSource(Blend([CorpusSampler(corpus, 32, 1)]))
+    rows = [batch.tokens for rank in range(ranks) for batch in rank_microbatches(source, 48, 16, micro, rank, ranks)]
     ids = [
         index
         for rank in range(ranks)
@@ -227,47 +221,49 @@ def test_every_layout_sees_the_same_global_batch(corpus, ranks, micro):
         for index in microbatch_ids(48, step, micro, rank, ranks)
     ]
     assert sorted(ids) == list(range(48, 64))
-    assert torch.equal(torch.cat(rows), source.batch(ids)["tokens"])
+    assert torch.equal(torch.cat(rows), source.batch(ids).tokens)
     # Microbatch m of all ranks together is a contiguous run of samples.
     first = [index for rank in range(ranks) for index in microbatch_ids(48, 0, micro, rank, ranks)]
     assert first == list(range(48, 48 + ranks * micro))
 
 
 def test_an_indivisible_global_batch_is_refused(corpus):
-    source = BatchSource(Blend([CorpusSampler(corpus, 32, 1)]), 32)
-    with pytest.raises(ConfigurationError, match=r"global_batch_size=10 must be a multiple .*=4 times 2 .*: use 8"):
-        source.global_batch(0, 10, 0, 2, 4)
+    source = TextSource(Blend([CorpusSampler(corpus, 32, 1)]))
+    with pytest.raises(ValueError, match=r"10 samples are no multiple of 4 x 2 ranks"):
+        rank_microbatches(source, 0, 10, 4, 0, 2)
 
 
 def test_collate_by_hand():
     rows = np.array([[5, 2, 7, 8, 2, 2, 9], [2, 4, 4, 4, 4, 4, 2]])
     plain = collate(rows, 2)
-    assert plain["tokens"].tolist() == rows[:, :-1].tolist()
-    assert plain["labels"].tolist() == rows[:, 1:].tolist()
-    assert plain["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
-    assert "document_ids" not in plain
-    assert plain["loss_mask"].eq(1).all()
-    assert plain["loss_mask"].dtype == torch.float32
-    assert {plain[name].dtype for name in ("tokens", "labels", "position_ids")} == {torch.int64}
+    assert plain.tokens.tolist() == rows[:, :-1].tolist()
+    assert plain.labels.tolist() == rows[:, 1:].tolist()
+    assert plain.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert plain.document_ids is None
+    assert plain.loss_mask.eq(1).all()
+    assert plain.loss_mask.dtype == torch.float32
+    assert {x.dtype for x in (plain.tokens, plain.labels, plain.position_ids)} == {torch.int64}
     full = collate(rows, 2, reset_positions=True, reset_attention=True, mask_eod_loss=True)
-    assert full["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
-    assert full["document_ids"].tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]]
-    assert full["loss_mask"].tolist() == [[1, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert full.position_ids.tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
+    assert full.document_ids.tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]]
+    assert full.loss_mask.tolist() == [[1, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
 
 
 def test_masks_and_positions_agree_with_megatron(corpus):
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-    source = BatchSource(Blend([CorpusSampler(corpus, 2000, 1)]), 2000, True, True, True)
+    source = TextSource(
+        Blend([CorpusSampler(corpus, 2000, 1)]), reset_positions=True, reset_attention=True, mask_eod_loss=True
+    )
     batch = source.batch(range(4))
-    assert (batch["document_ids"][:, -1] > 0).any()
+    assert (batch.document_ids[:, -1] > 0).any()
     for row in range(4):
         attention, mask, positions = _get_ltor_masks_and_position_ids(
-            batch["tokens"][row], corpus.eos_id, True, True, True, True
+            batch.tokens[row], corpus.eos_id, True, True, True, True
         )
-        assert torch.equal(mask, batch["loss_mask"][row])
-        assert torch.equal(positions, batch["position_ids"][row])
-        same = batch["document_ids"][row][:, None] == batch["document_ids"][row][None]
+        assert torch.equal(mask, batch.loss_mask[row])
+        assert torch.equal(positions, batch.position_ids[row])
+        same = batch.document_ids[row][:, None] == batch.document_ids[row][None]
         assert torch.equal(~attention[0], same.tril())
 
 
@@ -275,35 +271,50 @@ def test_masks_and_positions_agree_with_megatron(corpus):
 def test_validation_predicts_every_token_once(folder, length):
     corpus = Corpus(folder, "validation")
     tokens = np.fromfile(folder / "validation.bin", dtype="uint16")
-    validation = ValidationSet(corpus, length)
+    validation = TextEvaluation(corpus, length)
     if length == 1:
         ids = range(20)
         tokens = tokens[:21]
     else:
-        ids = range(validation.windows + 3)  # windows beyond the end count for nothing
+        ids = range(validation.size + 3)  # samples beyond the end count for nothing
     batch = validation.batch(ids)
-    kept = batch["loss_mask"].bool()
-    assert batch["labels"][kept].tolist() == tokens[1:].tolist()
-    assert batch["tokens"][kept].tolist() == tokens[:-1].tolist()
-    assert (batch["labels"][~kept] == corpus.pad_id).all()
-    assert validation.windows == math.ceil((corpus.tokens - 1) / length)
+    kept = batch.loss_mask.bool()
+    assert batch.labels[kept].tolist() == tokens[1:].tolist()
+    assert batch.tokens[kept].tolist() == tokens[:-1].tolist()
+    assert (batch.labels[~kept] == corpus.pad_id).all()
+    assert validation.size == math.ceil((corpus.tokens - 1) / length)
 
 
 def test_validation_bytes(folder):
     corpus = Corpus(folder, "validation")
-    validation = ValidationSet(corpus, 100)
+    validation = TextEvaluation(corpus, 100)
     tokenizer = Tokenizer(corpus.tokenizer_path)
     tokens = np.fromfile(folder / "validation.bin", dtype="uint16")
     texts = [tokenizer.decode(piece[:-1]) for piece in np.split(tokens, np.flatnonzero(tokens == 2) + 1) if len(piece)]
     assert validation.bytes == sum(len(text.encode()) for text in texts)
     first = len(tokenizer.decode(tokens[:1]).encode())
-    assert validation.predicted_bytes() == validation.predicted_bytes(10**9) == validation.bytes - first
+    everything = validation.batch(range(validation.size + 2)).label_bytes
+    assert everything.sum() == validation.bytes - first
     few = [token for token in tokens[1:301] if token != 2]
-    assert validation.predicted_bytes(3) == len(tokenizer.decode(few).encode())
+    assert validation.batch(range(3)).label_bytes.sum() == len(tokenizer.decode(few).encode())
+
+
+def test_validation_scores(folder):
+    """Nats per token and bits per byte of losses made by hand; masked positions do not count."""
+    validation = TextEvaluation(Corpus(folder, "validation"), 100)
+    batch = validation.batch([0, validation.size])
+    sums = validation.measure(batch, torch.full((2, 100), 2.0)) + validation.measure(batch, torch.full((2, 100), 4.0))
+    text_bytes = int(batch.label_bytes.sum())
+    assert sums.tolist() == [600.0, 200.0, 2.0 * text_bytes]
+    scores = validation.scores(sums)
+    assert scores == {"loss": 3.0, "bits_per_byte": pytest.approx(300 / (math.log(2) * text_bytes))}
+    assert validation.describe({"loss": 3.25, "bits_per_byte": 1.2345}, sums) == (
+        "3.2500 nats/token, 1.2345 bits/byte over 200 tokens"
+    )
 
 
 def test_inspect_shows_what_is_trained_on(folder, corpus):
-    source = BatchSource(Blend([CorpusSampler(corpus, 3000, 1, "stories")]), 3000)
+    source = TextSource(Blend([CorpusSampler(corpus, 3000, 1, "stories")]))
     shown = inspect_batch(source, [3, 0])
     assert [(index, name) for index, name, _ in shown] == [(3, "stories"), (0, "stories")]
     tokenizer = Tokenizer(corpus.tokenizer_path)

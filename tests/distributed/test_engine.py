@@ -52,7 +52,7 @@ def discard_and_poison(arguments: list[str]) -> dict[str, bool]:
     # A weight that is not a number on one rank poisons every gradient of that rank.
     poisoned = batches(config, engine, 3)
     if engine.runtime.rank == engine.runtime.size - 1:
-        poisoned[0]["loss_mask"][0, 0] = torch.nan
+        poisoned[0].loss_mask[0, 0] = torch.nan
     engine.forward_backward(poisoned)
     found["nan refused"] = not engine.step()
     found["nan keeps"] = same(before, weights(engine))
@@ -96,15 +96,15 @@ def _last_document(arguments: list[str], alter: bool, masked: bool = True) -> li
     """Losses of the last document of a window, with its first document altered or not."""
     config, engine = build_engine([*arguments, "--init.gamma", "0.5"])
     batch = batches(config, engine, 1)[0]
-    documents = batch["document_ids"]
+    documents = batch.document_ids
     row = int(documents.amax(1).argmax())
     assert documents[row].max() >= 1, "no window of the batch holds two documents"
     if alter:
         first = documents[row] == 0
-        batch["tokens"][row][first] = (batch["tokens"][row][first] + 11) % 400 + 10
-    inputs = engine._inputs(batch)
-    mask = inputs["attention_mask"] if masked else None
-    out = engine.chunks[0](inputs["tokens"], inputs["position_ids"], mask, labels=inputs["labels"])
+        batch.tokens[row][first] = (batch.tokens[row][first] + 11) % 400 + 10
+    if not masked:
+        batch.document_ids = None
+    out = engine.forward(engine.chunks[0], batch)
     engine.close()
     return out[row][documents[row] == documents[row].max()].tolist()
 
@@ -119,6 +119,8 @@ def test_reset_documents_equal_documents_alone(one_rank: RankPool, data_cache: s
 def _alone_and_inside(arguments: list[str]) -> dict[str, list[float]]:
     import torch
 
+    from megagamma.model.gpt import document_mask
+
     reset = ["--data.reset_attention", "true", "--data.reset_positions", "true", "--init.gamma", "0.5"]
     config, engine = build_engine([*arguments, *reset])
     chunk, length = engine.chunks[0], config.data.sequence_length
@@ -127,16 +129,15 @@ def _alone_and_inside(arguments: list[str]) -> dict[str, list[float]]:
     start = 100
     documents = (torch.arange(length) >= start).long().unsqueeze(0)
     positions = torch.where(documents == 0, torch.arange(length), torch.arange(length) - start)
-    batch = {"tokens": tokens[:, :-1], "document_ids": documents, "position_ids": positions, "labels": tokens[:, 1:]}
-    inputs = engine._inputs(batch)
+    mask = document_mask(documents)
 
     def run(tokens: Any, positions: Any, mask: Any, labels: Any) -> list[float]:
         return chunk(tokens, positions, mask, labels=labels)[0].tolist()
 
-    inside = run(inputs["tokens"], inputs["position_ids"], inputs["attention_mask"], inputs["labels"])[start:]
+    inside = run(tokens[:, :-1], positions, mask, tokens[:, 1:])[start:]
     tail = tokens[:, start:]
     alone = run(tail[:, :-1], torch.arange(length - start).unsqueeze(0), None, tail[:, 1:])
-    shifted = run(inputs["tokens"], inputs["position_ids"] * 2, inputs["attention_mask"], inputs["labels"])[start:]
+    shifted = run(tokens[:, :-1], positions * 2, mask, tokens[:, 1:])[start:]
     engine.close()
     return {"inside": inside, "alone": alone, "positions kept": shifted}
 
@@ -166,17 +167,17 @@ def _bf16_masters(arguments: list[str]) -> dict[str, Any]:
     import torch
 
     from megagamma.model.initialize import draw
-    from megagamma.training.setup import _refine_masters
+    from megagamma.training.setup import refine_masters
 
     config, engine = build_engine(arguments)
-    _refine_masters(engine, config)
+    refine_masters(engine, config)
     exact, rounded, visible = True, True, 0.0
     for tensor in engine.map:
         expected = torch.empty(tensor.shape)
         draw(tensor, expected, config)
         master = engine.state.get(tensor, "weight")
         exact &= bool((master == expected).all())
-        with deepspeed.zero.GatheredParameters([tensor.parameter], enabled=engine.stage == 3):
+        with deepspeed.zero.GatheredParameters([tensor.parameter], enabled=engine.zero_stage == 3):
             rounded &= bool((tensor.parameter.data == master.bfloat16()).all())
             visible = max(visible, float((master - tensor.parameter.data.float()).abs().max()))
     losses = []

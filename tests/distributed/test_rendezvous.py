@@ -94,7 +94,7 @@ def fails_on(rank: int) -> str:
         return 7
 
     try:
-        return str(runtime.together(read))
+        return str(runtime.run_on_all_ranks(read))
     except DataError as error:
         return str(error)
     finally:

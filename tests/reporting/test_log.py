@@ -11,7 +11,7 @@ import pytest
 
 from megagamma.config.schema import LoggingConfig
 from megagamma.errors import MegagammaError
-from megagamma.reporting.log import JsonLines, Reporter, console_line, duration, validation_line
+from megagamma.reporting.log import JsonLines, Reporter, console_line, duration
 
 VALUES: dict[str, Any] = {
     "step": 7, "loss": 3.14159, "grad_norm": 0.98765, "lr": 2.5e-4, "tokens_per_second": 12345.6, "tflops": 0.01234,
@@ -115,13 +115,8 @@ def test_console_line_of_numbers_that_are_none() -> None:
         assert part in text
 
 
-def test_validation_line() -> None:
-    text = validation_line(20, "sotu", 3.25, 1.2345, 12345)
-    assert text == "  validation at step 20: sotu: 3.2500 nats/token, 1.2345 bits/byte over 12,345 tokens"
-
-
-def test_reporter_records_and_speaks_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter(tmp_path, LoggingConfig(wandb="disabled"), "run", {}, speaks=True, start_step=0)
+def test_reporter_records_and_prints_when_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(tmp_path, LoggingConfig(wandb="disabled"), "run", {}, is_main=True, start_step=0)
     reporter.step({**VALUES, "step": 1}, 10, console=True, record=True)
     reporter.step({**VALUES, "step": 2}, 10, console=False, record=True)
     reporter.step({**VALUES, "step": 3}, 10, console=True, record=False)
@@ -139,7 +134,7 @@ def test_reporter_records_and_speaks_when_told(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter(tmp_path, LoggingConfig(wandb="disabled"), "run", {}, speaks=False, start_step=0)
+    reporter = Reporter(tmp_path, LoggingConfig(wandb="disabled"), "run", {}, is_main=False, start_step=0)
     reporter.step(VALUES, 10, console=True, record=True)
     reporter.warn("mind this")
     reporter.event("start")

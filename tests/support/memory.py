@@ -29,7 +29,9 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     import torch
 
     from megagamma.config.io import parse_config
-    from megagamma.distributed.engine import Engine, import_deepspeed
+    from megagamma.data.contracts import Batch
+    from megagamma.distributed.compat.deepspeed import import_deepspeed
+    from megagamma.distributed.engine import Engine
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.distributed.state import partition_writer
     from megagamma.model.initialize import fill
@@ -39,7 +41,7 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     world = world_from_environment()
     config = parse_config(["--config", "configs/smoke.yaml", *arguments], world_size=world.size)
     runtime = Runtime(config, world)
-    import_deepspeed(runtime)
+    import_deepspeed(on_cpu=True)
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))
     runtime.gather(0)
     baseline = resident()
@@ -54,12 +56,7 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     }
     size = (config.data.micro_batch_size, config.data.sequence_length)
     tokens = torch.randint(0, config.model.vocab_size, size)
-    batch = {
-        "tokens": tokens,
-        "labels": tokens,
-        "loss_mask": torch.ones(size),
-        "position_ids": torch.arange(size[1]).expand(size),
-    }
+    batch = Batch(tokens, tokens, torch.ones(size), torch.arange(size[1]).expand(size))
     count = config.data.global_batch_size // (size[0] * runtime.data_size)
     forget_peak()
     engine.set_learning_rate(1e-3)

@@ -26,13 +26,16 @@ def attempt(arguments: list[str], train: bool = False) -> tuple[str, int, str]:
     from megagamma.config.io import parse_config
     from megagamma.distributed.runtime import Runtime, world_from_environment
     from megagamma.errors import MegagammaError
-    from megagamma.training.loop import Trainer
-    from megagamma.training.setup import prepare_session
+    from megagamma.job import prepare
+    from megagamma.job import train as train_job
 
     try:
-        config = parse_config([*SMOKE, *arguments], world_size=world_from_environment().size)
-        session = prepare_session(config)
-        return "", Trainer(session).run() if train else 0, ""
+        world = world_from_environment()
+        config = parse_config([*SMOKE, *arguments], world_size=world.size)
+        if train:
+            return "", train_job(config, world), ""
+        with prepare(config, world):
+            return "", 0, ""
     except MegagammaError as error:
         return type(error).__name__, error.exit_code, str(error)
     finally:

@@ -108,7 +108,7 @@ def test_finished_run_is_left_alone(tmp_path: Path, data_cache: str, one_rank: R
 )
 def test_second_signal_leaves_at_once(sent: list[str], code: int, said: str | None) -> None:
     program = (
-        "import os, signal\nfrom megagamma.training.guard import StopSignals\nwatch = StopSignals()\n"
+        "import os, signal\nfrom megagamma.training.signals import StopSignals\nwatch = StopSignals()\n"
         + "".join(f"os.kill(os.getpid(), signal.{name})\n" for name in sent)
         + "print(watch.received)\n"
     )

@@ -1,0 +1,114 @@
+"""What is needed of DeepSpeed beyond its public names: its optimizers' flat parameters, gradients and norms.
+
+`optimizer` is DeepSpeed's wrapper under ZeRO 1 to 3: DeepSpeedZeroOptimizer (1 and 2), BF16_Optimizer (1 with bf16 weights),
+DeepSpeedZeroOptimizer_Stage3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagamma.distributed.norm import sum_of_squares
+
+
+@contextlib.contextmanager
+def _without_prints() -> Iterator[None]:
+    """DeepSpeed prints some of what it does, such as "begin bf16_optimizer", past its logger."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def import_deepspeed(on_cpu: bool) -> Any:
+    """The deepspeed package, which logs warnings only."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if on_cpu:
+        # DeepSpeed would compile a shared-memory all-reduce on first use, which needs a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(deepspeed: Any, **arguments: Any) -> Any:
+    """`deepspeed.initialize` without what it prints; returns the engine."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.get_global_norm_of_tensors = _exact_norm_of_tensors
+    with _without_prints():
+        engine, *_ = deepspeed.initialize(**arguments)
+    return engine
+
+
+def _exact_norm_of_tensors(
+    input_tensors: Any, norm_type: float = 2, mpu: Any = None, moe_ep_group: Any = None
+) -> Tensor:
+    """In place of DeepSpeed's, which adds up squares in fp32: on a CPU its error grows with a tensor's size, so that it
+    depends on the layout. Its other optimizers add up in fp64."""
+    if norm_type != 2 or moe_ep_group is not None:
+        raise NotImplementedError("only the L2 norm of a model without experts is asked for")
+    tensors = list(input_tensors)
+    total = sum_of_squares(tensors, tensors[0].device)
+    if mpu is not None:
+        dist.all_reduce(total, group=mpu.get_model_parallel_group())
+    return total.sqrt().float()
+
+
+def flat_parameters(optimizer: Any, stage: int) -> list[Tensor]:
+    """This rank's flat fp32 partitions, which Adam's state is keyed by."""
+    if stage == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return list(optimizer.fp32_groups_flat_partition)
+    return list(optimizer.single_partition_of_fp32_groups)
+
+
+def link_moments(optimizer: Any, stage: int) -> None:
+    """Tell ZeRO 1 and 2 that Adam's state is there, which they notice only after the first step."""
+    if stage in (1, 2):
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def reduce_gradients(engine: Any, optimizer: Any, stage: int) -> None:
+    """Average the gradients over data-parallel ranks after a schedule that ran without DeepSpeed's hooks."""
+    engine.set_gradient_accumulation_boundary(True)
+    if stage > 0 and hasattr(optimizer, "reduce_gradients"):
+        optimizer.reduce_gradients(pipeline_parallel=True)
+    else:
+        # ZeRO 0; and bf16 weights under ZeRO 1, whose hooks have summed the microbatches' gradients in fp32.
+        engine.allreduce_gradients()
+
+
+def drop_gradients(engine: Any, optimizer: Any, stage: int) -> None:
+    """Forget the gradients of ZeRO 1 to 3; weights and moments stay."""
+    if hasattr(optimizer, "clear_hp_grads"):
+        optimizer.clear_hp_grads()
+        optimizer.clear_lp_grads()
+        return
+    # DeepSpeed leaves a step out, and cleans up after it, when the norm is not a number.
+    bad = torch.tensor(math.nan, device=engine.device)
+    method = "_get_norm_groups" if stage == 3 else "scaled_global_norm"
+    setattr(optimizer, method, lambda *_, **__: [bad] if stage == 3 else bad)
+    try:
+        engine.step()
+    finally:
+        delattr(optimizer, method)
+
+
+def local_partition(parameter: Any) -> Tensor:
+    """What this rank holds of a weight: under ZeRO 3 its shard, the last one padded; else all of it."""
+    partition: Tensor = parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+    return partition
+
+
+def mark_pipeline_copy(parameter: Any, is_copy: bool) -> None:
+    """Keep DeepSpeed's gradient norm from counting a tied embedding on both of its stages."""
+    parameter.ds_pipe_replicated = is_copy

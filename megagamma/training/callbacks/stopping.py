@@ -1,0 +1,30 @@
+"""Leaving when a signal asks for it."""
+
+from __future__ import annotations
+
+from megagamma.training.callbacks.base import Callback, Step
+from megagamma.training.signals import StopSignals
+
+
+class StopOnSignal(Callback):
+    """Lets the run leave after the step in which any rank got SIGTERM, SIGINT or SIGUSR1; `Checkpointing` saves before."""
+
+    def attach(self, trainer):  # type: ignore[no-untyped-def]
+        """Listen from here on."""
+        super().attach(trainer)
+        self.signals = StopSignals()
+
+    def after_step(self, step: Step) -> None:
+        """Ask all ranks. After the last step there is nothing left to stop."""
+        if self.session.runtime.any_rank(self.signals.received is not None) and not step.is_last:
+            self.trainer.stop_reason = self.signals.received or "a signal to another rank"
+
+    def on_stop(self, reason: str) -> None:
+        """Say how to resume."""
+        reporter, step = self.session.reporter, self.session.step
+        reporter.event("stopped", step=step, signal=self.signals.received)
+        reporter.print(f"stopped by {reason} at step {step}; saved: the same command resumes")
+
+    def close(self) -> None:
+        """Give the signals back."""
+        self.signals.restore()

@@ -1,0 +1,121 @@
+"""What is needed of the private names of torch, Megatron-core and DeepSpeed: an upgrade that lacks one fails here."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+from support.ranks import RankPool
+from support.train import batches, build_engine
+
+
+def zero(stage: int) -> list[str]:
+    return ["--deepspeed_config", f"configs/deepspeed/zero{stage}.json"]
+
+
+def _process_groups() -> dict[str, bool]:
+    import torch.distributed as dist
+
+    from megagamma.distributed.compat.torch import process_groups
+
+    before = process_groups()
+    group = dist.new_group([0, 1])
+    made = process_groups() - before
+    dist.destroy_process_group(group)
+    return {"seen": made == {group}, "gone": process_groups() == before}
+
+
+def test_torch_lists_its_process_groups(two_ranks: RankPool, data_cache: str) -> None:
+    two_ranks.run(_engine_facts, ["--data.cache", data_cache])  # forms the world's group
+    for found in two_ranks.run(_process_groups):
+        assert all(found.values()), found
+
+
+def test_megatron_names_cuda_where_it_is_redirected() -> None:
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    source = inspect.getsource(schedules)
+    assert "torch.zeros(" in source, "the schedules make no tensor of their own any more: the redirection may go"
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state", "get_cuda_rng_tracker"):
+        assert hasattr(megatron_random, name), name
+    assert isinstance(megatron_random.get_cuda_rng_tracker().states_, dict)
+
+
+def test_megatron_calls_what_our_modules_override() -> None:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.attention import Attention, SelfAttention
+
+    attention = inspect.getsource(Attention.forward)
+    assert "self._apply_output_gate(" in attention and "self.get_query_key_value_tensors(" in attention
+    assert "output_gate" in inspect.signature(SelfAttention.get_query_key_value_tensors).parameters
+    assert "rotary_pos_emb" in inspect.signature(Attention.forward).parameters
+    source = inspect.getsource(GPTModel)
+    assert "self.rotary_pos_emb(" in source and "self.rotary_pos_emb.get_rotary_seq_len(" in source
+    assert "self.compute_language_model_loss(" in source
+
+
+def test_the_schedule_divides_by_the_number_of_microbatches() -> None:
+    from megatron.core.pipeline_parallel import schedules
+
+    assert "output_tensor /= num_microbatches" in inspect.getsource(schedules)
+
+
+def _engine_facts(arguments: list[str]) -> dict[str, Any]:
+    """What the compat module reads of a live engine, and its norm against one that is added up in float64."""
+    import math
+
+    import torch
+
+    from megagamma.distributed.compat import deepspeed as compat
+
+    config, engine = build_engine(arguments)
+    stage, optimizer = engine.zero_stage, engine.optimizer
+    facts: dict[str, Any] = {
+        "moments": engine.state.adam.state[engine.state._flat_parameters()[0]]["exp_avg"].numel() > 0
+    }
+    if stage:
+        flat = compat.flat_parameters(optimizer, stage)
+        facts["masters are fp32"] = all(one.dtype == torch.float32 for one in flat)
+        facts["masters have state"] = all(one in optimizer.optimizer.state for one in flat)
+    partitioned = [tensor.is_partitioned for tensor in engine.map]
+    facts["partitioned"] = all(partitioned) if stage == 3 else not any(partitioned)
+    engine.set_learning_rate(0.0)
+    engine.forward_backward(batches(config, engine, 1))
+    expected = math.nan
+    if hasattr(optimizer, "get_grads_for_norm"):
+        gradients, _experts = optimizer.get_grads_for_norm()
+        expected = math.sqrt(sum(float(one.double().square().sum()) for one in gradients))
+    assert engine.step()
+    facts["norm"] = math.isnan(expected) or math.isclose(engine.grad_norm, expected, rel_tol=1e-6)
+    facts["bf16 optimizer"] = hasattr(optimizer, "get_grads_for_norm")
+    engine.close()
+    return facts
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_optimizers(two_ranks: RankPool, data_cache: str, stage: int, dtype: str) -> None:
+    if (stage, dtype) == (0, "bf16"):
+        pytest.skip("ZeRO 0 keeps no masters: refused by the config's rules")
+    given = ["--data.cache", data_cache, "--precision.dtype", dtype, *zero(stage)]
+    for facts in two_ranks.run(_engine_facts, given):
+        assert facts.pop("bf16 optimizer") == (stage == 1 and dtype == "bf16")
+        assert all(facts.values()), facts
+
+
+def test_deepspeed_prints_nothing(two_ranks: RankPool, data_cache: str) -> None:
+    for printed in two_ranks.run(_printed, ["--data.cache", data_cache, "--precision.dtype", "bf16", *zero(1)]):
+        assert printed == ""
+
+
+def _printed(arguments: list[str]) -> str:
+    import contextlib
+    import io
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        _config, engine = build_engine(arguments)
+    engine.close()
+    return text.getvalue()
