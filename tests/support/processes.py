@@ -24,7 +24,8 @@ def attempt(arguments: list[str], train: bool = False) -> tuple[str, int, str]:
     Another kind of exception than the project's own is not caught: it fails the test.
     """
     from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.errors import MegagammaError
     from megagamma.training.loop import Trainer
     from megagamma.training.setup import prepare_session
