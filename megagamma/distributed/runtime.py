@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import socket
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -164,6 +165,11 @@ class Runtime:
         found: list[Any] = [None] * dist.get_world_size(self.model_group)
         dist.all_gather_object(found, value, group=self.model_group)
         return found
+
+    def gather_devices(self) -> list[dict[str, Any]]:
+        """Rank, host, device and the device's name of every rank, by rank; all ranks call it."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        return self.gather({"rank": self.rank, "host": self.host, "device": str(self.device), "name": name or "cpu"})
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, by rank; small objects only."""

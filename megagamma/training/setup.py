@@ -187,7 +187,7 @@ def prepare_session(config: Config) -> Session:
         session.seconds, session.progress = manifest["seconds"], manifest["progress"]
     elif dtype != torch.float32:
         _refine_masters(engine, config)
-    origin = provenance(config, runtime)
+    origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
     name = config.run.name
     session.reporter = Reporter(folder, config.logging, name, as_dict(config), runtime.is_main, session.step)
     if runtime.is_main:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -51,9 +50,9 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl; a last one that is still being written is left out."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    from megagamma.files import JsonLines
+
+    return JsonLines(folder / "metrics.jsonl").read()
 
 
 def losses(folder: Path) -> list[float]:
