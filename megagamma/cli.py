@@ -7,7 +7,16 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from megagamma.errors import MegagammaError
+from megagamma.environment import launcher_rank, let_waiting_threads_sleep
+from megagamma.errors import ConfigurationError, MegagammaError
+
+
+def _rank() -> int:
+    """Rank of this process; 0 where the launcher's variables themselves are wrong."""
+    try:
+        return launcher_rank()
+    except ConfigurationError:
+        return 0
 
 
 def main_guard(function: Callable[[], int | None]) -> int:
@@ -18,6 +27,7 @@ def main_guard(function: Callable[[], int | None]) -> int:
     Returns:
         The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
     """
+    let_waiting_threads_sleep()
     # What Megatron-core and DeepSpeed say on import about extensions that are not there, and the deprecations that
     # they cause inside torch: nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -25,7 +35,7 @@ def main_guard(function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except MegagammaError as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        rank = _rank()
         if rank == 0 or error.on_one_rank:
             sys.stdout.flush()
             print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megagamma.errors import MegagammaError
 
@@ -117,3 +119,88 @@ def require_writable(folder: str | Path, knob: str) -> Path:
     except OSError as error:
         raise MegagammaError(f"{knob}={folder}: cannot be written ({error.strerror}): {advice(error)}") from error
     return folder
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null in place of numbers that JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, that survives a kill: each line is written whole and flushed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: TextIO | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects of the file; empty when there is none. A reader may come while a run writes.
+
+        A line that is no JSON object is left out: the last one may be half written, now or since a kill.
+
+        Raises:
+            MegagammaError: the file is there and cannot be read.
+        """
+        return [values for _, values in self._valid_lines()]
+
+    def keep_until(self, step: int) -> None:
+        """Drop lines of later steps, and a line that a kill cut off, so that a resumed run repeats nothing.
+
+        Raises:
+            MegagammaError: the file cannot be read or written.
+        """
+        if self.path.exists():
+            kept = [line for line, values in self._valid_lines() if values.get("step", 0) <= step]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append one object. A number that is not finite becomes null, as JSON has no word for it.
+
+        Raises:
+            MegagammaError: the file cannot be written.
+        """
+        line = json.dumps(_finite(values)) + "\n"
+        try:
+            if self._file is None:
+                # A line that a kill cut off must not swallow the next one.
+                line = line if self._ends_its_line() else "\n" + line
+                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - kept open for the run
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise MegagammaError(f"{self.path}: cannot be written ({error.strerror}): {advice(error)}") from error
+
+    def close(self) -> None:
+        """Close the file; a later `write` opens it again."""
+        if self._file is not None:
+            # What could not be written was an error then; here it would hide that one.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def _valid_lines(self) -> list[tuple[str, dict[str, Any]]]:
+        try:
+            # A cut may go through a character.
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise MegagammaError(f"{self.path}: cannot be read ({error.strerror})") from error
+        valid = []
+        for line in text.splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line)
+                if isinstance(values, dict):
+                    valid.append((line, values))
+        return valid
+
+    def _ends_its_line(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return True
+        with open(self.path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"

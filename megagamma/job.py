@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from megagamma.config.schema import Config
 from megagamma.data.sources import RunData, open_data
-from megagamma.distributed.runtime import Runtime, World
+from megagamma.distributed.runtime import Runtime
+from megagamma.environment import World
 from megagamma.evaluation.callback import BenchmarkScoring, check_harness
 from megagamma.training.callbacks.base import Callback
 from megagamma.training.callbacks.standard import standard_callbacks

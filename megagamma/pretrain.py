@@ -19,17 +19,12 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
 
 from megagamma.cli import main_guard
 from megagamma.config.io import parse_config
-
-
-def world_size() -> int:
-    """Processes of the run, as the launcher says; read before torch is imported, so that `--help` is quick."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+from megagamma.environment import let_waiting_threads_sleep, world_size
 
 
 def main() -> int:
     """Train; returns the exit code."""
+    let_waiting_threads_sleep()  # before torch is imported
     config = parse_config(program="pretrain.py", world_size=world_size())
     from megagamma.distributed.peers import explain_lost_contact
     from megagamma.distributed.runtime import Runtime

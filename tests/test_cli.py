@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megagamma.cli import main_guard
+from megagamma.environment import world_size
 from megagamma.errors import (
     CheckpointError,
     ConfigurationError,
@@ -20,7 +21,6 @@ from megagamma.errors import (
     MegagammaError,
     TrainingError,
 )
-from megagamma.pretrain import world_size
 
 ERRORS = [MegagammaError, ConfigurationError, DataError, CheckpointError, InitializationError, DistributedError]
 

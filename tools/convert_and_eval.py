@@ -20,7 +20,6 @@ Exit codes: 0; 1 when a task could not be scored (the others are); 2 for what mu
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 from megagamma.checkpoint.reader import folder_name, steps_saved
 from megagamma.cli import main_guard
+from megagamma.environment import accelerate_rank, accelerate_world_size
 from megagamma.errors import CheckpointError, ConfigurationError
 
 SHARD_UNITS = {"MB": 10**6, "GB": 10**9}
@@ -295,7 +295,7 @@ def score(jobs: list[Job], known: argparse.Namespace) -> int:
         failed += len(scores.failures)
         step, tokens, gamma = (origin.get(key) for key in ("step", "tokens", "gamma"))
         items.append(Scored(f"{job.run} {job.folder.name}", job.run, step or 0, tokens, gamma, scores))
-    if int(os.environ.get("RANK", "0")) == 0 and len(items) > 1 and any(item.scores.records for item in items):
+    if accelerate_rank() == 0 and len(items) > 1 and any(item.scores.records for item in items):
         print(f"\n{write(items, jobs[0].summary)}")
         runs = {item.run for item in items}
         if 1 < len(runs) < len(items):
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(describe(check(known.tasks, known.include_path, known.mirror))))
         return 0
     jobs = find_jobs(known)
-    if not known.eval_only and int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(job.checkpoint for job in jobs):
+    if not known.eval_only and accelerate_world_size() > 1 and any(job.checkpoint for job in jobs):
         raise ConfigurationError(
             "several processes cannot convert one model: convert first with one, then use --eval_only"
         )

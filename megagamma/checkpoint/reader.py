@@ -6,7 +6,6 @@ Tools that look at a checkpoint import this file alone, which brings in neither 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from torch import Tensor
 from megagamma.checkpoint.safetensors_writer import checksum
 from megagamma.errors import CheckpointError
 
+# Readers of checkpoints take these from here too.
+from megagamma.runs.folder import folder_name as folder_name
+from megagamma.runs.folder import steps_saved as steps_saved
+
 FORMAT_VERSION = 2
 # What a resume needs of checkpoint.json.
 _KEYS = ("step", "adam_step", "config", "consumed_samples", "seconds", "tokenizer", "progress", "files")
-_NAME = re.compile(r"step_(\d{8})")
 
 
 def tensor_key(kind: str, name: str) -> str:
@@ -29,19 +31,6 @@ def tensor_key(kind: str, name: str) -> str:
     Weights have their logical names; moments have their kind before it.
     """
     return name if kind == "weight" else f"{kind}.{name}"
-
-
-def folder_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
-    return f"step_{step:08d}"
-
-
-def steps_saved(root: Path) -> list[int]:
-    """Steps of the finished checkpoints of a run, ascending."""
-    if not root.is_dir():
-        return []
-    names = (_NAME.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
-    return sorted(int(name.group(1)) for name in names if name)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model. auto: cuda when there is one, else cpu."""
     threads: int = 0
-    """CPU threads per process. 0: the machine's cores divided by the processes on it."""
+    """CPU threads per process. 0: OMP_NUM_THREADS when set (torchrun sets it to 1), else cores / processes on this node."""
     timeout_minutes: float = 30.0
     """Deadline of every collective operation. Unit: minutes. [practice]"""
     start_minutes: float = 10.0

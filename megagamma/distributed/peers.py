@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from megagamma.environment import launcher_rank
 from megagamma.errors import DistributedError
 
 # How gloo says it, in a plain RuntimeError; NCCL and the store have exceptions of their own.
@@ -37,11 +37,11 @@ def explain_lost_contact(timeout_minutes: float) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         lost = DistributedError(
             f"on {socket.gethostname()}: another rank ended, or gave no answer within run.timeout_minutes="
-            f"{timeout_minutes:g}; rank {rank} cannot go on without it. Look for what that rank or its host said last; "
-            f"the same command goes on from the newest checkpoint. The library said: {str(error).splitlines()[0]}"
+            f"{timeout_minutes:g}; rank {launcher_rank()} cannot go on without it. Look for what that rank or its host "
+            "said last; the same command goes on from the newest checkpoint. The library said: "
+            f"{str(error).splitlines()[0]}"
         )
         lost.on_one_rank = True
         raise lost from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import socket
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megagamma.environment import launcher_serves_store, rendezvous_address, restart_count
 from megagamma.errors import DistributedError
 
 # Versions that must be equal on all ranks: others could compute something else, silently.
@@ -34,22 +34,20 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.Store:
     """The key-value store at MASTER_ADDR:MASTER_PORT; rank 0 serves it unless torchrun does already.
 
     Raises:
+        ConfigurationError: MASTER_PORT is not a port.
         DistributedError: the port is in use, or the address does not answer in time.
     """
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = rendezvous_address()
     try:
         store = dist.TCPStore(
             address,
-            int(port),
+            port,
             size,
-            is_master=rank == 0 and not served,
+            is_master=rank == 0 and not launcher_serves_store(),
             timeout=datetime.timedelta(seconds=seconds),
             wait_for_workers=False,
         )
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         text = " ".join(str(error).split())
         if "EADDRINUSE" in text or "in use" in text:
             raise DistributedError(
@@ -61,7 +59,7 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.Store:
             "was started and that MASTER_ADDR is reachable from this host"
         ) from error
     # A restart by torchrun finds the keys of the attempt before.
-    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"attempt{restart_count()}", store)
 
 
 def _wait_for_all(store: dist.Store, size: int, deadline: float, minutes: float) -> None:
@@ -103,9 +101,9 @@ def meet(rank: int, size: int, device: torch.device, minutes: float) -> tuple[di
         _wait_for_all(store, size, deadline, minutes)
         found = [json.loads(store.get(f"rank{one}")) for one in range(size)]
     except RuntimeError as error:  # torch's own, when the store is gone
+        address, port = rendezvous_address()
         raise DistributedError(
-            f"rank {rank} of {size} lost rank 0, which serves {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: its "
-            "own message says why it left"
+            f"rank {rank} of {size} lost rank 0, which serves {address}:{port}: its own message says why it left"
         ) from error
     for one, about in enumerate(found):
         if about["versions"] != found[0]["versions"]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 import socket
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,41 +16,10 @@ from megagamma.config.schema import Config
 from megagamma.distributed.compat.megatron import run_on_cpu
 from megagamma.distributed.compat.torch import process_groups
 from megagamma.distributed.rendezvous import meet
+from megagamma.environment import World, choose_threads, export_local_rank, world_from_environment
 from megagamma.errors import ConfigurationError, MegagammaError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """Who this process is among the processes of the run, as the launcher says."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-
-def world_from_environment() -> World:
-    """Read the launcher's variables: torchrun's and deepspeed's, or SLURM's under srun, else a single process.
-
-    Under srun the rendezvous is set from the job: first host of the node list, port from the job number, so that two
-    jobs on one node do not meet.
-    """
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        local = int(env.get("LOCAL_RANK", "0"))
-        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local, int(env.get("LOCAL_WORLD_SIZE", "0")) or 0)
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        if "MASTER_ADDR" not in env:
-            listing = subprocess.run(
-                ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-            )
-            env["MASTER_ADDR"] = listing.stdout.split()[0]
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
-        tasks = env.get("SLURM_NTASKS_PER_NODE", "0").split("(")[0]
-        return World(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]), int(tasks))
-    return World(0, 1, 0, 1)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -87,13 +55,13 @@ class Runtime:
             world: from `world_from_environment`; read when not given.
 
         Raises:
+            ConfigurationError: no such device, or a variable of the environment that is wrong.
             DistributedError: see `megagamma.distributed.rendezvous.meet`.
         """
         self.config = config
         self.world = world or world_from_environment()
         self.rank, self.size = self.world.rank, self.world.size
-        # DeepSpeed insists on the variable, which no launcher sets for a single process.
-        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))
+        export_local_rank(self.world.local_rank)
         self.device = choose_device(config.run.device, self.world.local_rank)
         self.host = socket.gethostname()
         if self.device.type == "cpu":
@@ -103,15 +71,10 @@ class Runtime:
             torch.cuda.set_device(self.device)
             # Megatron's tensor parallelism overlaps only when kernels are queued in order.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        self._set_threads()
+        self.threads = choose_threads(config.run.threads, self.world.local_size or self.size)
+        torch.set_num_threads(self.threads)
         self.others = self._join()
         self._form_groups()
-
-    def _set_threads(self) -> None:
-        local = self.world.local_size or self.size
-        cores = len(os.sched_getaffinity(0))
-        self.threads = self.config.run.threads or max(1, cores // max(1, local))
-        torch.set_num_threads(self.threads)
 
     def _join(self) -> list[dict[str, Any]]:
         """Meet the other processes and form the world's group; returns what each rank told about itself."""
@@ -172,6 +135,11 @@ class Runtime:
         found: list[Any] = [None] * dist.get_world_size(self.model_group)
         dist.all_gather_object(found, value, group=self.model_group)
         return found
+
+    def gather_devices(self) -> list[dict[str, Any]]:
+        """Rank, host, device and the device's name of every rank, by rank; all ranks call it."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
+        return self.gather({"rank": self.rank, "host": self.host, "device": str(self.device), "name": name or "cpu"})
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, by rank; small objects only."""

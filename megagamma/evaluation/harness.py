@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from typing import Any
 import numpy
 import torch
 
+from megagamma.environment import accelerate_rank
 from megagamma.errors import EvaluationError
 from megagamma.evaluation import mirror as mirrors
 from megagamma.evaluation.groups import group_records
@@ -83,7 +83,7 @@ def evaluate(
     Raises:
         EvaluationError: before anything is scored: unknown names, data that a mirror lacks, a model that cannot be loaded.
     """
-    speaks = int(os.environ.get("RANK", "0")) == 0
+    speaks = accelerate_rank() == 0
     say = say or (lambda text: print(text, flush=True) if speaks else None)
     limit = checked_limit(limit)
     live = not isinstance(model, (str, Path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megagamma.environment import accelerate_world_size
 from megagamma.errors import EvaluationError
 from megagamma.evaluation.scores import reason
 
@@ -64,9 +64,9 @@ def checked_device(options: HuggingFaceOptions) -> str:
         raise EvaluationError(f"device={options.device}, but torch sees no GPU here: use cpu or auto")
     if options.parallelize and kind == "cpu":
         raise EvaluationError("parallelize needs GPUs, and torch sees none here: leave it out")
-    if kind == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if kind == "cpu" and (processes := accelerate_world_size()) > 1:
         raise EvaluationError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} on a CPU: lm-eval shares documents over GPUs only: start one process"
+            f"WORLD_SIZE={processes} on a CPU: lm-eval shares documents over GPUs only: start one process"
         )
     return device
 

@@ -66,7 +66,8 @@ def rounded(values: Tensor, role: str, dtype: torch.dtype, norm_offset: float) -
 
 def answer(question: Question) -> Answer:
     """Build the model in this process, fill it from the checkpoint, and answer."""
-    from megagamma.distributed.runtime import Runtime, World
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import World
     from megagamma.model.gpt import build_model
     from megagamma.model.parameters import ParameterMap
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megagamma.config.schema import LoggingConfig
-from megagamma.errors import MegagammaError
-from megagamma.files import advice, write_text
+from megagamma.runs.folder import RunFolder
 
 
 def _cell(value: float, form: str) -> str:
@@ -28,49 +25,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-class JsonLines:
-    """A file of JSON objects, one a line, that survives a kill: each line is written whole and flushed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: TextIO | None = None
-
-    def keep_until(self, step: int) -> None:
-        """Drop lines of later steps, and a last line that a kill cut off, so that a resumed run repeats nothing."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(values, dict) and values.get("step", 0) <= step:
-                kept.append(line)
-        write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Append one object. A number that is not finite becomes null, as JSON has no word for it."""
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        try:
-            if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - kept open for the run
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise MegagammaError(f"{self.path}: cannot be written ({error.strerror}): {advice(error)}") from error
-
-    def close(self) -> None:
-        if self._file is not None:
-            # What could not be written was an error then; here it would hide that one.
-            with contextlib.suppress(OSError):
-                self._file.close()
-            self._file = None
 
 
 class WandbMirror:
@@ -121,9 +75,8 @@ class Reporter:
         self.is_main, self.logging = is_main, logging
         if not is_main:
             return
-        self.metrics = JsonLines(folder / "metrics.jsonl")
-        self.events = JsonLines(folder / "events.jsonl")
-        self.samples = JsonLines(folder / "samples.jsonl")
+        run = RunFolder(folder)
+        self.metrics, self.events, self.samples = run.metrics(), run.events(), run.samples()
         self.metrics.keep_until(start_step)
         self.samples.keep_until(start_step)
         self.wandb = WandbMirror(logging, name, folder, config)

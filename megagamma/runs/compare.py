@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagamma.config.io import load_config
 from megagamma.errors import DataError
+from megagamma.runs.folder import RunFolder
 
 
 @dataclass
 class RunRecord:
-    """What a run's folder tells."""
+    """What a comparison needs of a run's folder."""
 
     name: str
     gamma: float
@@ -39,29 +37,17 @@ class RunRecord:
         return [line["tokens"] for line in lines], [line[key] for line in lines]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, less one that a run is writing now or that a kill cut off."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
-
-
 def read_run(folder: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
         DataError: it is not one, or holds no steps yet.
     """
-    if not (folder / "config.yaml").exists():
-        raise DataError(f"{folder}: not the folder of a run: config.yaml is missing")
-    metrics = _lines(folder / "metrics.jsonl")
+    run = RunFolder(folder).require_run()
+    metrics = run.metrics().read()
     if not metrics:
         raise DataError(f"{folder}: metrics.jsonl has no steps yet: train first")
-    return RunRecord(
-        folder.name, load_config(folder / "config.yaml").init.gamma, metrics, _lines(folder / "samples.jsonl")
-    )
+    return RunRecord(run.name, run.read_config().init.gamma, metrics, run.samples().read())
 
 
 def comparison(runs: list[RunRecord]) -> list[dict[str, Any]]:

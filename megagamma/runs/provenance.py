@@ -10,8 +10,7 @@ import time
 from importlib import metadata
 from typing import Any
 
-from megagamma.config.schema import Config
-from megagamma.distributed.runtime import Runtime
+from megagamma.config.schema import ParallelConfig
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "wandb")
 
@@ -32,15 +31,17 @@ def _git(*arguments: str) -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def provenance(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """Content of provenance.json. A collective: every rank tells its host and device."""
-    import torch
+def provenance(
+    parallel: ParallelConfig, data_parallel_size: int, threads: int, ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Content of provenance.json.
 
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
-    places = runtime.gather(
-        {"rank": runtime.rank, "host": runtime.host, "device": str(runtime.device), "name": device or "cpu"}
-    )
-    parallel = config.parallel
+    Args:
+        parallel: sizes of the other kinds of parallelism.
+        data_parallel_size: number of copies of the model.
+        threads: CPU threads of a process.
+        ranks: of every process, in order: rank, host, device and the device's name.
+    """
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -49,12 +50,12 @@ def provenance(config: Config, runtime: Runtime) -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "layout": {
-            "world": runtime.size,
+            "world": len(ranks),
             "tensor": parallel.tensor,
             "pipeline": parallel.pipeline,
-            "data": runtime.data_size,
+            "data": data_parallel_size,
             "sequence": parallel.sequence,
         },
-        "threads": runtime.threads,
-        "ranks": places,
+        "threads": threads,
+        "ranks": ranks,
     }

@@ -85,7 +85,8 @@ def trace(arguments: list[str], steps: int) -> Trace:
     from megagamma.config.io import parse_config
     from megagamma.data.contracts import rank_microbatches
     from megagamma.data.sources import open_data
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.training.assembly import fresh_engine
 
     world = world_from_environment()

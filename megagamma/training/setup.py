@@ -201,7 +201,7 @@ def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Confi
         step = manifest["step"]
     elif dtype != torch.float32:
         refine_masters(engine, config)
-    origin = provenance(config, runtime)
+    origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
     reporter = Reporter(folder, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
     session = Session(config, runtime, data, engine, reporter, folder, total_steps(config), step)
     if resume is not None:

@@ -82,7 +82,8 @@ def test_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
 def fails_on(rank: int) -> str:
     """What every rank hears when one of them cannot read its data."""
     from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.errors import DataError
 
     world = world_from_environment()

@@ -38,7 +38,8 @@ PROMPTS = [
 def build(arguments: list[str]) -> Any:
     """A freshly drawn engine on this rank; no data is opened."""
     from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.training.assembly import fresh_engine
 
     world = world_from_environment()

@@ -24,7 +24,8 @@ def score(mirror: Path, model: Path, output: Path, broken: bool = False) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.evaluation import scoring
     from megagamma.evaluation.harness import evaluate
     from megagamma.evaluation.tasks import TaskRequest

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from megagamma.config.schema import LoggingConfig
-from megagamma.errors import MegagammaError
-from megagamma.reporting.log import JsonLines, Reporter, console_line, duration
+from megagamma.reporting.log import Reporter, console_line, duration
 
 VALUES: dict[str, Any] = {
     "step": 7, "loss": 3.14159, "grad_norm": 0.98765, "lr": 2.5e-4, "tokens_per_second": 12345.6, "tflops": 0.01234,
@@ -21,73 +20,6 @@ VALUES: dict[str, Any] = {
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_later_steps_are_dropped(tmp_path: Path) -> None:
-    file = JsonLines(tmp_path / "metrics.jsonl")
-    for step in range(1, 6):
-        file.write({"step": step, "loss": 1.0 / step})
-    file.close()
-    JsonLines(file.path).keep_until(3)
-    assert [line["step"] for line in lines(file.path)] == [1, 2, 3]
-    # A resumed run goes on in the same file.
-    again = JsonLines(file.path)
-    again.keep_until(3)
-    again.write({"step": 4, "loss": 0.1})
-    assert [line["step"] for line in lines(file.path)] == [1, 2, 3, 4]
-    JsonLines(file.path).keep_until(0)
-    assert file.path.read_text() == ""
-
-
-@pytest.mark.parametrize("tail", ['{"step": 2, "lo', "{", '{"step": 2, "loss": 0.5', "\0\0\0"])
-def test_line_that_a_kill_cut_off_is_dropped(tmp_path: Path, tail: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n' + tail)
-    file = JsonLines(path)
-    # Step 2 may stay if it is whole; a part of its line may not, or the next line would be glued to it.
-    file.keep_until(2)
-    file.write({"step": 2, "loss": 0.5})
-    assert lines(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.5}]
-
-
-@pytest.mark.parametrize("tail", ["5", "null", "[1]"])
-def test_line_that_is_no_object_is_dropped(tmp_path: Path, tail: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n' + tail + "\n")
-    JsonLines(path).keep_until(2)
-    assert lines(path) == [{"step": 1}]
-
-
-def test_nothing_to_keep(tmp_path: Path) -> None:
-    JsonLines(tmp_path / "metrics.jsonl").keep_until(3)
-    assert not list(tmp_path.iterdir())
-
-
-def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
-    file = JsonLines(tmp_path / "metrics.jsonl")
-    file.write({"step": 1})
-    assert lines(file.path) == [{"step": 1}], "without close(), as after a kill"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_number_that_json_has_no_word_for(tmp_path: Path, value: float) -> None:
-    file = JsonLines(tmp_path / "metrics.jsonl")
-    file.write({"step": 1, "loss": value, "lr": 0.5, "text": "NaN"})
-    assert file.path.read_text() == '{"step": 1, "loss": null, "lr": 0.5, "text": "NaN"}\n'
-
-
-def test_unwritable_file_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(MegagammaError, match=r"metrics\.jsonl: cannot be written .*directory"):
-        JsonLines(tmp_path / "missing" / "metrics.jsonl").write({"step": 1})
-
-
-def test_full_disk_is_one_clear_error() -> None:
-    # The device on which every write fails for want of space.
-    file = JsonLines(Path("/dev/full"))
-    with pytest.raises(MegagammaError, match=r"cannot be written .*free some space"):
-        file.write({"step": 1})
-    # What could not be written must not be met again, as an OSError, by the clean-up that follows.
-    file.close()
 
 
 @pytest.mark.parametrize(

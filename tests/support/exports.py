@@ -32,7 +32,8 @@ def save_model(arguments: list[str], folder: str) -> str:
     from megagamma.checkpoint.saver import Saver
     from megagamma.config.io import as_dict, parse_config, save_config
     from megagamma.data.tokenizer import Tokenizer
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.files import copy_file
     from megagamma.training.assembly import fresh_engine
 

@@ -32,8 +32,9 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     from megagamma.data.contracts import Batch
     from megagamma.distributed.compat.deepspeed import import_deepspeed
     from megagamma.distributed.engine import Engine
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
     from megagamma.distributed.state import partition_writer
+    from megagamma.environment import world_from_environment
     from megagamma.model.initialize import fill
     from megagamma.training.assembly import build
     from megagamma.training.optimizer import parameter_groups
@@ -85,8 +86,9 @@ def measure_build(arguments: list[str], spread: bool) -> dict[str, int]:
 
     from megagamma.config.io import parse_config
     from megagamma.distributed.partitioned import building
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
     from megagamma.distributed.state import partition_writer
+    from megagamma.environment import world_from_environment
     from megagamma.model.gpt import build_model
     from megagamma.model.initialize import fill
     from megagamma.model.parameters import ParameterMap

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,8 @@ def attempt(arguments: list[str], train: bool = False) -> tuple[str, int, str]:
     Another kind of exception than the project's own is not caught: it fails the test.
     """
     from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.errors import MegagammaError
     from megagamma.job import prepare
     from megagamma.job import train as train_job
@@ -53,9 +53,9 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl; a last one that is still being written is left out."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    from megagamma.files import JsonLines
+
+    return JsonLines(folder / "metrics.jsonl").read()
 
 
 def losses(folder: Path) -> list[float]:

@@ -11,7 +11,8 @@ def build_engine(arguments: list[str]) -> tuple[Any, Any]:
     """(config, engine) of a smoke-sized model on this rank; the world is the pool's."""
     from megagamma.config.io import parse_config
     from megagamma.data.sources import open_data
-    from megagamma.distributed.runtime import Runtime, world_from_environment
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
     from megagamma.training.assembly import fresh_engine
 
     world = world_from_environment()
@@ -50,7 +51,7 @@ def train_steps(arguments: list[str], steps: int) -> list[tuple[float, float]]:
 def run_trainer(arguments: list[str]) -> int:
     """A whole run, as `megagamma/pretrain.py` makes it; returns its exit code."""
     from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import world_from_environment
+    from megagamma.environment import world_from_environment
     from megagamma.job import train
 
     world = world_from_environment()

@@ -1,0 +1,252 @@
+"""Who this process is, as its launcher says, and how many threads it may use.
+
+The only reader of the variables of launchers (torchrun, deepspeed, accelerate, srun) and of OpenMP. Standard library
+only, so that `--help` answers at once, and so that OpenMP can be set up before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagamma.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the processes of the run, as the launcher says."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    """Processes of the run on this node; 0 when the launcher does not say."""
+
+
+def _whole_number(name: str, default: int, minimum: int = 0) -> int:
+    """A variable as a whole number; `default` when it is not set or empty.
+
+    Raises:
+        ConfigurationError: it is something else, or below `minimum`.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()) or int(text) < minimum:
+        error = ConfigurationError(
+            f"{name}={text}: must be a whole number of {minimum} or more: unset it, or start the run through its launcher"
+        )
+        error.on_one_rank = True  # other processes may have other values
+        raise error
+    return int(text)
+
+
+def launcher_rank() -> int:
+    """Rank of this process: torchrun's, deepspeed's or accelerate's, else that of srun, else 0.
+
+    Raises:
+        ConfigurationError: the variable is not a whole number.
+    """
+    return _whole_number("RANK", _whole_number("SLURM_PROCID", 0))
+
+
+def world_size() -> int:
+    """Processes of the run, known before torch is imported.
+
+    Inside a SLURM allocation, but not started by srun, a program is one process.
+
+    Raises:
+        ConfigurationError: the variable is not a whole number of 1 or more.
+    """
+    if os.environ.get("WORLD_SIZE"):
+        return _whole_number("WORLD_SIZE", 1, minimum=1)
+    return _whole_number("SLURM_NTASKS", 1, minimum=1) if "SLURM_STEP_ID" in os.environ else 1
+
+
+def accelerate_rank() -> int:
+    """Rank among processes that accelerate shares work over. It does not know srun: each of its tasks works alone."""
+    return _whole_number("RANK", 0)
+
+
+def accelerate_world_size() -> int:
+    """Number of processes that accelerate shares work over; see `accelerate_rank`."""
+    return _whole_number("WORLD_SIZE", 1, minimum=1)
+
+
+def slurm_job_id() -> str | None:
+    """Number of the SLURM job that this process is part of. A requeued job keeps it."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted this run's processes."""
+    return _whole_number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def launcher_serves_store() -> bool:
+    """Whether torchrun itself serves the key-value store at the rendezvous address."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def world_from_environment() -> World:
+    """Read the launcher's variables: torchrun's and deepspeed's, or SLURM's under srun, else a single process.
+
+    Under srun the rendezvous is set from the job: first host of the node list, port from the job number, so that two
+    jobs on one node do not meet.
+
+    Raises:
+        ConfigurationError: a variable is not a whole number, or the node list of the job cannot be read.
+    """
+    env = os.environ
+    if env.get("RANK") and env.get("WORLD_SIZE"):
+        # deepspeed's launcher calls it LOCAL_SIZE.
+        local_size = _whole_number("LOCAL_WORLD_SIZE", _whole_number("LOCAL_SIZE", 0))
+        return World(launcher_rank(), world_size(), _whole_number("LOCAL_RANK", 0), local_size)
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _whole_number("SLURM_NTASKS", 1) > 1:
+        _set_rendezvous_from_slurm()
+        return World(
+            _whole_number("SLURM_PROCID", 0),
+            _whole_number("SLURM_NTASKS", 1),
+            _whole_number("SLURM_LOCALID", 0),
+            _slurm_tasks_per_node(),
+        )
+    return World(0, 1, 0, 1)
+
+
+def _slurm_tasks_per_node() -> int:
+    """SLURM_NTASKS_PER_NODE, such as 4 or 4(x2); 0 when it is not set."""
+    first = os.environ.get("SLURM_NTASKS_PER_NODE", "0").split("(")[0]
+    return int(first) if first.isascii() and first.isdigit() else 0
+
+
+def _set_rendezvous_from_slurm() -> None:
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        nodes = env.get("SLURM_JOB_NODELIST", "")
+        try:
+            listing = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            )
+            env["MASTER_ADDR"] = listing.stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError) as error:
+            raise ConfigurationError(
+                f"SLURM_JOB_NODELIST={nodes}: scontrol must list the job's hosts, and did not ({error}): set MASTER_ADDR "
+                "to the host of rank 0"
+            ) from error
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(20000 + _whole_number("SLURM_JOB_ID", 0) % 10000)
+
+
+def rendezvous_address() -> tuple[str, int]:
+    """Host and port where the processes of the run come together; 127.0.0.1:29500 when no launcher set them.
+
+    The two variables are set too, since libraries read them.
+
+    Raises:
+        ConfigurationError: MASTER_PORT is not a port.
+    """
+    address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    text = os.environ.setdefault("MASTER_PORT", "29500")
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 65536:
+        error = ConfigurationError(
+            f"MASTER_PORT={text}: must be a whole number from 1 to 65535: give a free port (deepspeed --master_port N, "
+            "torchrun --master-port N)"
+        )
+        error.on_one_rank = True
+        raise error
+    return address, int(text)
+
+
+def export_local_rank(local_rank: int) -> None:
+    """Set LOCAL_RANK where no launcher did: DeepSpeed insists on it, for a single process too."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+# -- threads ---------------------------------------------------------------------------------------------------
+
+
+def let_waiting_threads_sleep() -> None:
+    """Make OpenMP threads without work sleep instead of spin. Call before torch is imported; it is too late after.
+
+    By default a waiting thread of GNU OpenMP spins for milliseconds. Where processes share cores, threads that spin
+    keep those with work off the cores, and small matrix products get slower by factors of ten and more. A value that
+    the user has set stays.
+    """
+    # Both are read when the OpenMP library is loaded; the second by that of LLVM and Intel.
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def cpu_quota(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of time that control groups (version 1 or 2) leave this process; None without a limit.
+
+    Args:
+        groups: file that names the groups of the process.
+        mount: where their file system is.
+
+    Source: cpu.max in the kernel's Documentation/admin-guide/cgroup-v2.rst, and cpu.cfs_quota_us in
+    Documentation/scheduler/sched-bwc.rst. A limit of a parent group holds for its children.
+    """
+    try:
+        entries = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return None
+    limits = []
+    for entry in entries:
+        if len(entry) != 3 or not (entry[1] == "" or "cpu" in entry[1].split(",")):
+            continue
+        root = mount / entry[1]
+        # Inside a container the path may be that of the host; the group is then the root that is mounted there.
+        folder = root / entry[2].strip("/")
+        for level in (folder, *folder.parents):
+            limits += [limit for limit in (_quota_in(level),) if limit is not None]
+            if level == root:
+                break
+    return min(limits, default=None)
+
+
+def _quota_in(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return int(quota) / int(period) if quota not in ("max", "-1") else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def cores_of_this_process() -> int:
+    """Cores that this process may use: those it may be scheduled on, within its control group's quota; at least 1."""
+    cores = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    return max(1, cores if quota is None else min(cores, int(quota)))
+
+
+def choose_threads(requested: int, processes_on_this_node: int) -> int:
+    """CPU threads for this process.
+
+    Args:
+        requested: `run.threads`; above 0 it wins.
+        processes_on_this_node: which share the cores, where neither `requested` nor OMP_NUM_THREADS says a number.
+
+    Raises:
+        ConfigurationError: OMP_NUM_THREADS is not a whole number of 1 or more, or a list of them.
+    """
+    if requested > 0:
+        return requested
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not text:
+        return max(1, cores_of_this_process() // max(1, processes_on_this_node))
+    # A list has one number per level of nesting.
+    first = text.split(",")[0].strip()
+    if not (first.isascii() and first.isdigit()) or int(first) < 1:
+        error = ConfigurationError(
+            f"OMP_NUM_THREADS={text}: must be a whole number of 1 or more: set one, unset it, or use --run.threads N"
+        )
+        error.on_one_rank = True
+        raise error
+    return int(first)

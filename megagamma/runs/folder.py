@@ -1,0 +1,206 @@
+"""The folder of a run. The one place that knows its file names; it reads and writes all of them.
+
+    config.yaml        the config as given, reloadable
+    resolved.json      what it became: device, dtype, ZeRO stage, parallel sizes, DeepSpeed's values
+    provenance.json    versions, source, command, hosts
+    init_report.json   target and measured std of every matrix
+    metrics.jsonl      numbers of the steps
+    events.jsonl       what happened: starts, warnings, checkpoints
+    samples.jsonl      texts that the model wrote
+    tokenizer.model    the tokenizer of the data
+    checkpoints/       step_00001000/ ...
+    hf/                exported models, one per checkpoint
+    eval/              benchmark scores
+    .lock              who trains in it now, see `megagamma.runs.lock`
+
+Readers never take the lock: each file is complete whenever it is there, and lines are appended whole.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from megagamma.config.io import load_config, save_config
+from megagamma.config.schema import Config
+from megagamma.errors import DataError
+from megagamma.files import JsonLines, copy_file, read_json, write_json
+
+_STEP_NAME = re.compile(r"step_(\d{8})")
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def steps_saved(root: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder of checkpoints, ascending."""
+    if not root.is_dir():
+        return []
+    names = (_STEP_NAME.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted(int(name.group(1)) for name in names if name)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint's folder, wherever it lies and whatever its name is now."""
+    return (path / "checkpoint.json").is_file()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run's folder: every run writes its config."""
+    return (path / "config.yaml").is_file()
+
+
+def kind_of_folder(path: Path) -> Literal["run", "checkpoint", "checkpoints"] | None:
+    """What a path is: a run, a checkpoint, a folder of checkpoints, or None of these.
+
+    A folder that is named as a checkpoint but lacks checkpoint.json is one too, so that a reader can say that it is
+    corrupt; unless it is a Hugging Face folder, as those in `hf/`, which have the same names. A folder that holds
+    `checkpoints/` is a run even without its config, as after a copy of the checkpoints alone.
+    """
+    path = path.resolve()
+    if not path.is_dir():
+        return None
+    if is_checkpoint(path):
+        return "checkpoint"
+    if is_run(path) or (path / "checkpoints").is_dir():
+        return "run"
+    if _STEP_NAME.fullmatch(path.name) and not (path / "config.json").is_file():
+        return "checkpoint"
+    return "checkpoints" if steps_saved(path) else None
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Args: path: the folder. It need not be there yet: `require_run` checks it, and writers create it."""
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.resolved_file = self.path / "resolved.json"
+        self.provenance_file = self.path / "provenance.json"
+        self.init_report_file = self.path / "init_report.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.events_file = self.path / "events.jsonl"
+        self.samples_file = self.path / "samples.jsonl"
+        self.tokenizer_file = self.path / "tokenizer.model"
+        self.checkpoints = self.path / "checkpoints"
+        self.exports = self.path / "hf"
+        self.evaluations = self.path / "eval"
+        self.lock_file = self.path / ".lock"
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> RunFolder | None:
+        """The run that a checkpoint or an exported model lies in; None when it lies elsewhere."""
+        path = checkpoint.resolve()
+        in_run = path.parent.name in ("checkpoints", "hf") and is_run(path.parent.parent)
+        return cls(path.parent.parent) if in_run else None
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, by which tables and plots call the run."""
+        return self.path.name
+
+    def require_run(self) -> RunFolder:
+        """This folder.
+
+        Raises:
+            DataError: it is not the folder of a run.
+        """
+        if not is_run(self.path):
+            raise DataError(f"{self.path}: not the folder of a run: config.yaml is missing")
+        return self
+
+    # -- checkpoints and what is made of them --------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return steps_saved(self.checkpoints)
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.checkpoints / folder_name(step)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Folder of the last finished checkpoint."""
+        steps = self.steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def export(self, step: int) -> Path:
+        """Folder of the Hugging Face model made of the checkpoint of a step."""
+        return self.exports / folder_name(step)
+
+    @property
+    def holds_steps(self) -> bool:
+        """Whether a run has trained here: another one must not start over it."""
+        return bool(self.steps()) or self.metrics_file.exists()
+
+    # -- files written once per start ----------------------------------------------------------------------------
+
+    def read_config(self) -> Config:
+        """The run's config, resolved.
+
+        Raises:
+            ConfigurationError: it is missing, or not a config.
+        """
+        return load_config(self.config_file)
+
+    def write_config(self, config: Config) -> None:
+        """Write the run's config, so that `read_config` gives the same."""
+        save_config(config, self.config_file)
+
+    def read_resolved(self) -> dict[str, Any]:
+        """What the config became when the run was started last.
+
+        Raises:
+            MegagammaError: it is missing, as in runs of earlier versions, or cannot be read.
+        """
+        return read_json(self.resolved_file)
+
+    def write_resolved(self, values: dict[str, Any]) -> None:
+        """Write what the config became: plain JSON values."""
+        write_json(self.resolved_file, values)
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Where the run comes from: see `megagamma.runs.provenance`.
+
+        Raises:
+            MegagammaError: it is missing, as in an imported run, or cannot be read.
+        """
+        return read_json(self.provenance_file)
+
+    def write_provenance(self, values: dict[str, Any]) -> None:
+        """Write where the run comes from."""
+        write_json(self.provenance_file, values)
+
+    def read_init_report(self) -> dict[str, Any]:
+        """Target and measured std: see `megagamma.initialization.report.as_json`.
+
+        Raises:
+            MegagammaError: it is missing, as in an imported run, or cannot be read.
+        """
+        return read_json(self.init_report_file)
+
+    def write_init_report(self, values: dict[str, Any]) -> None:
+        """Write the report of the initial weights."""
+        write_json(self.init_report_file, values)
+
+    def write_tokenizer(self, source: str | Path) -> None:
+        """Copy the tokenizer of the data, so that the folder has all that an export needs."""
+        copy_file(source, self.tokenizer_file)
+
+    # -- files of lines ------------------------------------------------------------------------------------------
+
+    def metrics(self) -> JsonLines:
+        """Numbers of the steps, by ascending step."""
+        return JsonLines(self.metrics_file)
+
+    def events(self) -> JsonLines:
+        """What happened, by time."""
+        return JsonLines(self.events_file)
+
+    def samples(self) -> JsonLines:
+        """Texts that the model wrote, by ascending step."""
+        return JsonLines(self.samples_file)
