@@ -22,6 +22,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def installed_versions() -> dict[str, str | None]:
+    """Version of each package that a run depends on; None where it is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
 def _git(*arguments: str) -> str | None:
     folder = os.path.dirname(os.path.abspath(__file__))
     try:
@@ -46,7 +51,7 @@ def provenance(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": installed_versions(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "layout": {

@@ -39,7 +39,7 @@ class Trainer:
         session, reporter = self.session, self.session.reporter
         try:
             if session.step >= session.steps:
-                reporter.print(f"{session.folder}: all {session.steps} steps are done already")
+                reporter.print(f"{session.folder.path}: all {session.steps} steps are done already")
                 return 0
             reporter.print(session.describe())
             for callback in self.callbacks:
@@ -53,7 +53,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.end()
             reporter.event("end", step=session.step, seconds=session.seconds)
-            reporter.print(f"done: {session.steps} steps in {duration(session.seconds)}; see {session.folder}")
+            reporter.print(f"done: {session.steps} steps in {duration(session.seconds)}; see {session.folder.path}")
             return 0
         finally:
             for callback in reversed(self.callbacks):

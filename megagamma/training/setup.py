@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from megagamma.checkpoint import saver
-from megagamma.checkpoint.reader import read_manifest, steps_saved
-from megagamma.config.io import as_dict, differences, from_dict, save_config
-from megagamma.config.schema import Config
+from megagamma.checkpoint.reader import read_manifest
+from megagamma.config.io import as_dict, differences, from_dict
+from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.data.schedule import total_steps
 from megagamma.data.sources import RunData
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
 from megagamma.errors import CheckpointError, ConfigurationError
-from megagamma.files import copy_file, require_writable, write_json
+from megagamma.files import require_writable
 from megagamma.initialization.report import (
     as_json,
     by_role,
@@ -35,7 +35,8 @@ from megagamma.model.initialize import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
-from megagamma.runs.provenance import provenance
+from megagamma.runs.folder import RunFolder
+from megagamma.runs.provenance import installed_versions, provenance
 from megagamma.training.assembly import build, choose_dtype
 from megagamma.training.optimizer import describe_groups, parameter_groups
 
@@ -49,7 +50,7 @@ class Session:
     data: RunData
     engine: Engine
     reporter: Reporter
-    folder: Path
+    folder: RunFolder
     steps: int
     step: int = 0
     """Steps done."""
@@ -60,16 +61,11 @@ class Session:
     progress: dict[str, Any] = field(default_factory=dict)
     """What callbacks kept in the checkpoint, by their keys."""
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
-
     def describe(self) -> str:
         """What is trained where, as one line."""
         config, runtime = self.config, self.runtime
         return (
-            f"training {self.folder} from step {self.step} to {self.steps}: {config.data.global_batch_size} samples of "
+            f"training {self.folder.path} from step {self.step} to {self.steps}: {config.data.global_batch_size} samples of "
             f"{config.data.sequence_length} tokens a step, on {runtime.size} x {runtime.device.type} "
             f"(tensor {runtime.tensor_size}, pipeline {config.parallel.pipeline}, data {runtime.data_size}, "
             f"ZeRO {self.engine.zero_stage})"
@@ -93,19 +89,17 @@ def _check_folder(config: Config) -> None:
     Raises:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
     """
-    folder = Path(config.run.folder)
-    saved = steps_saved(folder / "checkpoints")
-    mode = config.run.resume
-    if mode == "never" and (saved or (folder / "metrics.jsonl").exists()):
+    run, mode = RunFolder(config.run.folder), config.run.resume
+    if mode == "never" and run.holds_steps:
         raise ConfigurationError(
-            f"run.folder={folder} holds a run already, and run.resume=never: choose another folder, or --run.resume auto"
+            f"run.folder={run.path} holds a run already, and run.resume=never: choose another folder, or --run.resume auto"
         )
-    if mode == "must" and not saved:
+    if mode == "must" and not run.steps():
         raise CheckpointError(
-            f"run.folder={folder} holds no finished checkpoint, and run.resume=must: check the folder's name, or use "
+            f"run.folder={run.path} holds no finished checkpoint, and run.resume=must: check the folder's name, or use "
             "--run.resume auto"
         )
-    require_writable(folder, "run.folder")
+    require_writable(run.path, "run.folder")
 
 
 # What a checkpoint belongs to: another value here is another model, or another experiment under the same name.
@@ -134,14 +128,14 @@ def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fing
     return differences(saved, config, ("data", "optimizer", "schedule"))
 
 
-def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, folder: Path) -> None:
+def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, folder: RunFolder) -> None:
     """Fill the weights and report what was drawn; refuses weights that do not have their target std."""
     drawn = fill(parameter_map, config, partition_writer(runtime))
     matrices = report_drawn(drawn, config, runtime.gather_over_model)
     roles = by_role(matrices, config.init)
     saturation = norm_saturation(config.model, {row.role: row.asked_std for row in roles})
     if runtime.is_main:
-        write_json(folder / "init_report.json", as_json(matrices, roles, saturation, config.init))
+        folder.write_init_report(as_json(matrices, roles, saturation, config.init))
         print(table(roles))
         print("\n".join(saturation_lines(saturation, config.model.norm_epsilon)), flush=True)
     check(matrices, config.init.max_z)
@@ -159,13 +153,13 @@ class _Resume:
     """Options that have other values than before."""
 
 
-def _find_resume(config: Config, runtime: Runtime, folder: Path, fingerprint: str) -> _Resume | None:
-    newest = saver.newest_valid(runtime, folder / "checkpoints", config.checkpoint.on_damage == "previous")
+def _find_resume(config: Config, runtime: Runtime, folder: RunFolder, fingerprint: str) -> _Resume | None:
+    newest = saver.newest_valid(runtime, folder.checkpoints, config.checkpoint.on_damage == "previous")
     if newest is None:
         return None
     source, corrupt = newest
     manifest = read_manifest(source)
-    return _Resume(source, manifest, corrupt, _check_same_run(folder, config, manifest, fingerprint))
+    return _Resume(source, manifest, corrupt, _check_same_run(folder.path, config, manifest, fingerprint))
 
 
 def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Config], RunData]) -> Session:
@@ -180,7 +174,7 @@ def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Confi
         MegagammaError: one clear reason, before a step is made and with everything that was there untouched.
     """
     runtime.run_on_rank0(lambda: _check_folder(config))
-    folder = Path(config.run.folder)
+    folder = RunFolder(config.run.folder)
     data = runtime.run_on_all_ranks(lambda: open_data(config))
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
@@ -202,19 +196,45 @@ def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Confi
     elif dtype != torch.float32:
         refine_masters(engine, config)
     origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
-    reporter = Reporter(folder, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
+    reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
     session = Session(config, runtime, data, engine, reporter, folder, total_steps(config), step)
     if resume is not None:
         session.consumed, session.seconds = manifest["consumed_samples"], manifest["seconds"]
         session.progress = manifest["progress"]
     if runtime.is_main:
-        save_config(config, folder / "config.yaml")
+        folder.write_config(config)
+        folder.write_resolved(resolved_values(session))
+        folder.write_provenance(origin)
         if data.codec is not None:
-            # The run's folder holds all that an export needs, when the data is elsewhere.
-            copy_file(data.codec.path, folder / "tokenizer.model")
-        write_json(folder / "provenance.json", origin)
+            folder.write_tokenizer(data.codec.path)
     _report_start(session, resume, warning, time.perf_counter() - begin)
     return session
+
+
+def resolved_values(session: Session) -> dict[str, Any]:
+    """Content of resolved.json: what the config became on this machine, as plain JSON values."""
+    config, runtime, engine = session.config, session.runtime, session.engine
+    parallel = config.parallel
+    return {
+        "device": runtime.device.type,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "zero_stage": engine.zero_stage,
+        "parallel": {
+            "world": runtime.size,
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline or 1,
+            "sequence": parallel.sequence,
+            "context": parallel.context,
+            "data": runtime.data_size,
+        },
+        "threads": runtime.threads,
+        "steps": session.steps,
+        "vocab_size": config.model.vocab_size,
+        "padded_vocab_size": padded_vocab_size(config.model),
+        "deepspeed": engine.deepspeed_config,
+        "packages": installed_versions(),
+    }
 
 
 def _report_start(session: Session, resume: _Resume | None, warning: str | None, seconds: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megagamma.checkpoint.reader import steps_saved
 from megagamma.checkpoint.saver import Saver, prune
 from megagamma.config.io import as_dict
 from megagamma.config.schema import CheckpointConfig
@@ -21,7 +20,7 @@ class Checkpointing(Callback):
 
     def begin(self) -> None:
         """Write the untrained model where that is asked for."""
-        self.saver = Saver(self.engine, self.session.checkpoints)
+        self.saver = Saver(self.engine, self.session.folder.checkpoints)
         if self.session.step == 0 and self.rules.save_initial:
             self._save()
 
@@ -74,8 +73,8 @@ class Checkpointing(Callback):
             return
         reporter = self.session.reporter
         if self.session.runtime.is_main:
-            root = self.session.checkpoints
-            prune(root, self.rules.keep_last, {step for step in steps_saved(root) if self.is_permanent(step)})
+            run = self.session.folder
+            prune(run.checkpoints, self.rules.keep_last, {step for step in run.steps() if self.is_permanent(step)})
         seconds = time.perf_counter() - self._began
         reporter.event("checkpoint", folder=folder.name, seconds=seconds, stall_seconds=self._stall)
         reporter.print(f"  saved {folder} in {seconds:.1f}s (training waited {self._stall:.1f}s)")
