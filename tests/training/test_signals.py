@@ -54,7 +54,7 @@ def test_sigterm_to_the_command_line(tmp_path: Path, data_cache: str, one_rank: 
     code, out, err = finish(process)
     assert code == 75, err
     last = stopped_well(folder, "SIGTERM")
-    assert f"stopped by SIGTERM at step {last}; saved: the same command goes on" in out
+    assert f"stopped by SIGTERM at step {last}; saved: the same command resumes" in out
     assert "Traceback" not in err
     assert one_rank.run(attempt, arguments(folder, data_cache), True)[0] == ("", 0, "")
     assert losses(folder) == whole, "each step once, to the bit"
