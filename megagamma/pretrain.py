@@ -30,7 +30,11 @@ def world_size() -> int:
 
 def main() -> int:
     """Train; returns the exit code."""
-    config = parse_config(program="pretrain.py", world_size=world_size())
+    size = world_size()
+    config = parse_config(program="pretrain.py", world_size=size)
+    from megagamma.planning.memory import check_fits
+
+    check_fits(config, size)
     from megagamma.distributed.peers import explain_lost_contact
     from megagamma.training.loop import Trainer
     from megagamma.training.setup import prepare_session

@@ -6,7 +6,7 @@
     python tools/inspect_init.py --config configs/model/1b.yaml --init.gamma 0.5 --compare --json init.json
 
 Every knob of a run works here. The measured stds are of a sample drawn from the very streams that a run fills
-its weights from; z is their distance from the asked std in standard errors (a few are normal, beyond
+its weights from; z is their distance from the target std in standard errors (a few are normal, beyond
 init.max_z a run refuses to start). With --parallel.memory_gib the exit code is 2 when the run does not fit.
 """
 
@@ -19,7 +19,7 @@ import jsonargparse
 
 from megagamma.cli import main_guard
 from megagamma.config.io import build_parser, parse_namespace, to_config
-from megagamma.config.rules import resolve, validate
+from megagamma.config.resolve import resolve, validate
 from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.errors import ConfigurationError
 
@@ -32,7 +32,7 @@ def parser() -> jsonargparse.ArgumentParser:
     found = build_parser("inspect_init.py", __doc__ or "")
     found.add_argument("--world_size", type=int, default=1, help="Processes of the run. (default: 1)")
     found.add_argument("--tensor-level", action="store_true", help="One row per matrix in place of one per role.")
-    found.add_argument("--compare", action="store_true", help="Also the asked std of every other scheme.")
+    found.add_argument("--compare", action="store_true", help="Also the target std of every other scheme.")
     found.add_argument("--json", type=str, default="", metavar="FILE", help="Write all of it to a file.")
     return found
 
@@ -51,9 +51,7 @@ def config_of(namespace: Any) -> Config:
         )
     if namespace.world_size < 1:
         raise ConfigurationError(f"world_size={namespace.world_size} must be at least 1")
-    limit, config.parallel.memory_gib = config.parallel.memory_gib, None
     validate(resolve(config), namespace.world_size)
-    config.parallel.memory_gib = limit  # checked by `main`, when the plan has been printed
     return config
 
 
@@ -79,10 +77,10 @@ def print_shape(config: Config) -> None:
 
 
 def print_matrices(rows: list[dict[str, Any]]) -> None:
-    """Asked and measured std, one line per role or matrix."""
+    """Target and measured std, one line per role or matrix."""
     width = max(len(row["name"]) for row in rows) + 2
     print(
-        f"\n{'matrices':<{width}}{'shape':>14}{'d_in':>7}{'gamma':>7}{'eff.':>7}{'asked std':>12}"
+        f"\n{'matrices':<{width}}{'shape':>14}{'d_in':>7}{'gamma':>7}{'eff.':>7}{'target std':>12}"
         f"{'measured':>12}{'z':>7}{'sampled':>12}"
     )
     for row in rows:
@@ -93,13 +91,13 @@ def print_matrices(rows: list[dict[str, Any]]) -> None:
             f"{row['asked_std']:>12.4e}{row['measured_std']:>12.4e}{row['z']:>7.2f}"
             f"{row['sampled_elements']:>12,}"
         )
-    print("eff.: exponent that the asked std, depth factor included, amounts to; sampled: elements drawn")
+    print("eff.: exponent that the target std, depth factor included, amounts to; sampled: elements drawn")
 
 
 def print_comparison(table: dict[str, dict[str, float]]) -> None:
-    """Asked std per role and scheme."""
+    """Target std per role and scheme."""
     names = list(next(iter(table.values())))
-    print("\n" + f"{'asked std':<18}" + "".join(f"{name:>13}" for name in names))
+    print("\n" + f"{'target std':<18}" + "".join(f"{name:>13}" for name in names))
     for role, stds in table.items():
         print(f"{role:<18}" + "".join(f"{stds[name]:>13.3e}" for name in names))
 

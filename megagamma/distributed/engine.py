@@ -23,7 +23,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megagamma.config.rules import zero_stage
+from megagamma.config.deepspeed import zero_stage
 from megagamma.config.schema import Config
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.distributed.runtime import Runtime

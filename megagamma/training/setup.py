@@ -6,13 +6,14 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megagamma.checkpoint import reader as reading
 from megagamma.checkpoint import saver as checkpoint
 from megagamma.config.io import as_dict, differences, from_dict, save_config
+from megagamma.config.resolve import planned_dtype
 from megagamma.config.schema import Config
 from megagamma.data.schedule import total_steps
 from megagamma.data.sources import RunData, open_data
@@ -40,14 +41,12 @@ from megagamma.training.assembly import build
 from megagamma.training.optimizer import describe_groups, parameter_groups
 
 
-def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str | None]:
+def choose_dtype(config: Config, data_size: int, device: torch.device) -> tuple[torch.dtype, str | None]:
     """`precision.dtype` as a dtype, and a warning with the measured ratio for bf16 on a CPU."""
-    wanted = config.precision.dtype
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" else "fp32"
-    if wanted == "fp32":
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    if planned_dtype(config, data_size, kind) == "fp32":
         return torch.float32, None
-    if device.type == "cuda":
+    if kind == "cuda":
         return torch.bfloat16, None
     ratio = matmul_speed(torch.bfloat16) / matmul_speed(torch.float32)
     advice = "use --precision.dtype fp32" if ratio < 1 else "which loses precision against fp32"
@@ -164,7 +163,7 @@ def prepare_session(config: Config) -> Session:
     data = runtime.together(lambda: open_data(config))
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
     steps = total_steps(config)
-    dtype, warning = choose_dtype(config, runtime.device)
+    dtype, warning = choose_dtype(config, runtime.data_size, runtime.device)
     manifest = None
     changed: list[str] = []
     found = checkpoint.newest_sound(runtime, folder / "checkpoints", config.checkpoint.on_damage == "previous")
