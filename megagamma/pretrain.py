@@ -1,10 +1,8 @@
-"""The main job: config -> data, model, engine -> training loop.
+"""Pretrain a model: config -> data, model, engine -> training loop.
 
     deepspeed megagamma/pretrain.py --config configs/demo.yaml --init.gamma 1.0
 
-Also under torchrun, srun, or plain python for one process. Exit codes: 0 done; 2 something in the config, the data
-or the machine must be mended; 3 stopped by the guard; 75 stopped by SIGTERM, SIGINT or SIGUSR1 after a checkpoint,
-start it again to go on.
+Also under torchrun, srun, or plain python for one process, and as `megagamma pretrain`. Exit codes: `megagamma.cli`.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from megagamma.cli import main_guard
+from megagamma.cli import leave, main_guard
 from megagamma.config.io import parse_config
 
 
@@ -28,10 +26,10 @@ def world_size() -> int:
     return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit code."""
     size = world_size()
-    config = parse_config(program="pretrain.py", world_size=size)
+    config = parse_config(arguments, program=os.path.basename(sys.argv[0]), world_size=size)
     from megagamma.planning.memory import check_fits
 
     check_fits(config, size)
@@ -47,10 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main_guard(main)
-    if code:
-        # Leave at once: other ranks may wait for this one in a collective, and the launcher ends them only when this
-        # process is gone, which threads of the communication libraries can put off for good.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(main_guard(main))

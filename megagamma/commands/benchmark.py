@@ -1,11 +1,11 @@
-"""Speed as ratios: ours and a reference, taken in turns in one process on one machine.
+"""Measure speed as ratios: ours and a reference, taken in turns in one process on one machine.
 
-    python tools/benchmark.py [init] [train] [checkpoint] [convert] [--json FILE]
+    megagamma benchmark [init] [train] [checkpoint] [convert] [--json FILE]
 
 train: steps of `configs/model/17m.yaml` (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same
 shape under torch's AdamW, same batches, same threads. init: the counter-based streams against `torch.normal_`.
 checkpoint: saving and loading against plain files. convert: writing Hugging Face weights against copying the checkpoint's
-(`convert --config configs/model/1b.yaml` for another size).
+(`convert --config configs/model/1b.yaml` for another size). It needs the source tree.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from megagamma.cli import main_guard
+from megagamma.cli import source_tree
 
 
 def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -31,6 +30,11 @@ def in_turns(first: Callable[[], object], second: Callable[[], object], repeats:
             if round_number:
                 found.append(time.perf_counter() - begin)
     return statistics.median(times[0]), statistics.median(times[1])
+
+
+def preset(name: str) -> str:
+    """Path of a model's config."""
+    return str(source_tree() / "configs" / "model" / f"{name}.yaml")
 
 
 def build(arguments: list[str]) -> tuple[Any, Any]:
@@ -69,7 +73,7 @@ def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
     from megagamma.model.parameters import logical_parameters
     from megagamma.planning.flops import flops_per_token, measure_matmul_peak
 
-    shape = ["--config", "configs/model/17m.yaml", "--model.attention_gate", "none", "--model.qk_norm", "false"]
+    shape = ["--config", preset("17m"), "--model.attention_gate", "none", "--model.qk_norm", "false"]
     config, engine = build([*shape, *arguments])
     model = config.model
     torch.manual_seed(0)
@@ -149,7 +153,7 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
     from megagamma.config.io import as_dict
     from megagamma.distributed.replicas import fingerprint
 
-    config, engine = build(["--config", "configs/model/30m.yaml", *arguments])
+    config, engine = build(["--config", preset("30m"), *arguments])
     batch = random_batch(config)
     state = {"config": as_dict(config), "consumed_samples": 0, "seconds": 0.0, "tokenizer": "", "progress": {}}
     with tempfile.TemporaryDirectory(dir=".") as name:
@@ -179,9 +183,16 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
                     os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
         save_seconds, write_seconds = in_turns(lambda: saver.save(1, state), write, repeats)
-        load_seconds, read_seconds = in_turns(
-            lambda: (forget(), load(engine, path)), lambda: (forget(), read()), repeats
-        )
+
+        def load_from_disk() -> None:
+            forget()
+            load(engine, path)
+
+        def read_from_disk() -> None:
+            forget()
+            read()
+
+        load_seconds, read_seconds = in_turns(load_from_disk, read_from_disk, repeats)
         stalls = []
         for _ in range(repeats):
             begin = time.perf_counter()
@@ -226,7 +237,7 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
     from megagamma.model.parameters import LogicalParameter, logical_parameters
     from megagamma.planning.flops import parameter_counts
 
-    common = ["--data.corpus", "tiny", "--model.vocab_size", "32000", "--config", "configs/model/30m.yaml"]
+    common = ["--data.corpus", "tiny", "--model.vocab_size", "32000", "--config", preset("30m")]
     config = parse_config([*common, *arguments])
 
     def draw(logical: LogicalParameter) -> torch.Tensor:
@@ -269,14 +280,14 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the asked benchmarks and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["init", "train", "checkpoint", "convert"]
     parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--repeats", type=int, default=12, help="measured calls of each side (default 12)")
     parser.add_argument("--json", help="write the numbers to this file too")
-    known, rest = parser.parse_known_args()
+    known, rest = parser.parse_known_args(arguments)
     results: dict[str, Any] = {}
     for which in known.which or names:
         if which not in names:
@@ -295,7 +306,3 @@ def main() -> int:
 
         write_json(known.json, results)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

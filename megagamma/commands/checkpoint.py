@@ -1,8 +1,8 @@
 """Look at checkpoints without a model: what is in one, whether it is sound, where two differ.
 
-    python tools/checkpoint.py inspect runs/mine                   # the newest; --step 500 for another
-    python tools/checkpoint.py verify runs/mine                    # all of the run, and the newest sound one
-    python tools/checkpoint.py diff runs/a runs/b --tolerance 1e-5
+    megagamma checkpoint inspect runs/mine                   # the newest; --step 500 for another
+    megagamma checkpoint verify runs/mine                    # all of the run, and the newest sound one
+    megagamma checkpoint diff runs/a runs/b --tolerance 1e-5
 
 A PATH is a checkpoint's folder or a run's. Exit codes: 0; 1 when `diff` finds tensors that differ by more than the
 tolerance; 2 when a checkpoint is damaged (the file is named) or not there. Knobs that differ are shown by `diff`, but
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from megagamma.checkpoint.inspection import checkpoint_folders, describe, difference, verify_files
-from megagamma.cli import main_guard
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import write_json
 
@@ -62,8 +60,8 @@ def diff(known: argparse.Namespace) -> dict[str, Any]:
     """Print where two checkpoints differ."""
     if not 0 <= known.tolerance < math.inf:
         raise ConfigurationError(f"--tolerance {known.tolerance} must be a finite number, 0 or more")
-    folders = [checkpoint_folders(path, known.step)[-1] for path in (known.a, known.b)]
-    found = difference(*folders, tolerance=known.tolerance)
+    first, second = (checkpoint_folders(path, known.step)[-1] for path in (known.a, known.b))
+    found = difference(first, second, tolerance=known.tolerance)
     for folder, step, samples in zip(found["folders"], found["steps"], found["samples"], strict=True):
         print(f"{folder}: step {step:,}, {samples:,} samples")
     for knob in found["knobs"]:
@@ -121,7 +119,3 @@ def main(arguments: list[str] | None = None) -> int:
             more = f" ({len(problems) - 1} more above)" if len(problems) > 1 else ""
             raise CheckpointError(problems[0] + more)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

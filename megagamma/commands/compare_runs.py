@@ -1,36 +1,30 @@
-"""Table and loss curves of several runs.
+"""Compare runs: a table, and a plot of their loss curves.
 
-python tools/compare_runs.py runs/a runs/b --output runs/comparison
+megagamma compare_runs runs/a runs/b --output runs/comparison
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from megagamma.cli import main_guard
 from megagamma.files import write_json, write_text
 from megagamma.runs.compare import as_table, comparison, plot, read_run
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Read the runs, print the table, write the table, its numbers and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     parser.add_argument("--output", type=Path, help="folder for table.md, table.json and loss.png")
-    known = parser.parse_args()
-    runs = [read_run(folder) for folder in known.runs]
+    options = parser.parse_args(arguments)
+    runs = [read_run(folder) for folder in options.runs]
     rows = comparison(runs)
     text = as_table(rows)
     print(text)
-    if known.output:
-        write_text(known.output / "table.md", text + "\n")
-        write_json(known.output / "table.json", rows)
-        plot(runs, known.output / "loss.png")
-        print(f"\nwrote {known.output / 'table.md'} and {known.output / 'loss.png'}")
+    if options.output:
+        write_text(options.output / "table.md", text + "\n")
+        write_json(options.output / "table.json", rows)
+        plot(runs, options.output / "loss.png")
+        print(f"\nwrote {options.output / 'table.md'} and {options.output / 'loss.png'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

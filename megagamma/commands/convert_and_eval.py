@@ -1,33 +1,32 @@
 """Convert checkpoints to Hugging Face folders, prove them equal, and score them on benchmarks with lm-eval.
 
-    python tools/convert_and_eval.py runs/mine                                  # newest checkpoint, preset `quick`
-    python tools/convert_and_eval.py runs/mine --convert_only --dtype bf16 --out exported/mine
-    python tools/convert_and_eval.py runs/mine --steps all --tasks arc_easy     # a curve over training
-    python tools/convert_and_eval.py runs/gamma1 runs/gamma0.5 --tasks reasoning knowledge --mirror mirror
-    python tools/convert_and_eval.py exported/mine --tasks gsm8k:8 --limit 200  # a Hugging Face folder, as it is
+    megagamma convert_and_eval runs/mine                                  # newest checkpoint, preset `quick`
+    megagamma convert_and_eval runs/mine --convert_only --dtype bf16 --out exported/mine
+    megagamma convert_and_eval runs/mine --steps all --tasks arc_easy     # a curve over training
+    megagamma convert_and_eval runs/gamma1 runs/gamma0.5 --tasks reasoning knowledge --mirror mirror
+    megagamma convert_and_eval exported/mine --tasks gsm8k:8 --limit 200  # a Hugging Face folder, as it is
 
 A PATH is a run's folder, a checkpoint, or a Hugging Face folder. A folder appears only when its logits equal those of
 the model that was trained. What is converted or scored already is not done again. Converted models go to RUN/hf/STEP
 and scores to RUN/eval/STEP, with one table over all of them. On a machine without a network, `--mirror` (or the
-variable MEGAGAMMA_MIRROR) names the folder that `tools/fetch_benchmarks.py` filled on one that has it.
+variable MEGAGAMMA_MIRROR) names the folder that `megagamma fetch_benchmarks` filled on one that has it.
 
-Big models: --parallelize spreads the layers over this machine's GPUs; to share the documents over GPUs convert first,
-then `accelerate launch --num_processes 8 tools/convert_and_eval.py FOLDER --eval_only`.
+Big models: --parallelize shards the layers over this machine's GPUs; to share the documents over GPUs convert first,
+then
+`accelerate launch --num_processes 8 -m megagamma.commands convert_and_eval FOLDER --eval_only`.
 
-Exit codes: 0; 1 when a task could not be scored (the others are); 2 for what must be mended before.
+Exit codes: 0; 1 when a task could not be scored (the others are); 2 for what must be fixed before.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megagamma.checkpoint.reader import folder_name, steps_saved
-from megagamma.cli import main_guard
 from megagamma.errors import CheckpointError, ConfigurationError
 
 SHARD_UNITS = {"MB": 10**6, "GB": 10**9}
@@ -359,7 +358,3 @@ def _device(known: argparse.Namespace) -> str:
     from megagamma.evaluation.hf_model import HuggingFaceOptions, checked_device
 
     return checked_device(HuggingFaceOptions(device=known.device))
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

@@ -1,7 +1,7 @@
 """Import a Hugging Face folder as a run whose checkpoint holds its weights, to train it further or to analyse it.
 
-    python tools/convert_from_hf.py exported/mine --out runs/continued
-    deepspeed megagamma/pretrain.py --config runs/continued/config.yaml --data.paths '[data/mine]' --run.steps 1000
+    megagamma convert_from_hf exported/mine --out runs/continued
+    megagamma pretrain --config runs/continued/config.yaml --data.paths '[data/mine]' --run.steps 1000
 
 Classes: Llama, Qwen3, and Qwen3.5, Qwen3-Next or Lfm3 with full attention in every layer and no experts, without biases,
 scaled or partial rotary embeddings. Weights become fp32; matrices to the bit. Norm gains that a class stores as gain - 1
@@ -11,10 +11,8 @@ are exact between 0.5 and 2, and rounded to 6e-8 elsewhere. Adam starts anew. Ex
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from megagamma.cli import main_guard
 from megagamma.huggingface.importing import import_model
 
 
@@ -33,11 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         known.folder, known.out, tokenizer=known.tokenizer, vocab_size_multiple=known.vocab_size_multiple
     )
     print(
-        f"{checkpoint}\nto train it further: deepspeed megagamma/pretrain.py --config {known.out}/config.yaml "
+        f"{checkpoint}\nto train it further: megagamma pretrain --config {known.out}/config.yaml "
         "--data.paths '[PREPARED FOLDER]'"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

@@ -1,11 +1,11 @@
 """The demo: pretrain a small GPT on real text twice, drawn small (gamma 1) and as usual (gamma 0.5).
 
-    make demo
+    make demo        # or, in the source tree: megagamma demo
 
 Everything but init.gamma is equal. Prints a table, a plot of the loss curves and a text sample of each, whatever the
 result is; then converts the arm with the lower validation loss to a Hugging Face folder, proves that it is the same
 model, and scores it by lm-eval on a task made of the held-out text. Further arguments go to both runs, such as
-`--run.steps 600`. A demo that was stopped goes on when it is started again.
+`--run.steps 600`. A demo that was stopped resumes when it is started again.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-from megagamma.cli import main_guard
+from megagamma.cli import source_tree
 from megagamma.errors import MegagammaError
 from megagamma.files import write_json, write_text
 from megagamma.reporting.log import duration
 from megagamma.runs.compare import as_table, comparison, plot, read_run
 
-ROOT = Path(__file__).resolve().parent.parent
 GAMMAS = (1.0, 0.5)
+# Relative to the source tree, as all paths here.
+OUTPUT = Path("runs/demo")
 
 
 def train(gamma: float, arguments: list[str]) -> Path:
-    """One arm, through the DeepSpeed launcher as a user would start it; returns its folder."""
+    """One arm, through the DeepSpeed launcher as a user would start it; returns its folder, relative to the source tree."""
     folder = Path("runs") / f"demo-gamma{gamma:g}"
     command = [
         *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "1"),
@@ -36,10 +37,10 @@ def train(gamma: float, arguments: list[str]) -> Path:
         *("--config", "configs/demo.yaml", "--init.gamma", str(gamma), "--run.folder", str(folder), *arguments),
     ]
     print(f"\n== gamma {gamma:g}: {' '.join(command[3:])}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, check=False).returncode
     if code:
         raise MegagammaError(f"the run with gamma {gamma:g} ended with exit code {code}; see its messages above")
-    return ROOT / folder
+    return folder
 
 
 def convert_and_score(run: Path) -> None:
@@ -50,13 +51,13 @@ def convert_and_score(run: Path) -> None:
     from megagamma.evaluation.continuation import NAME, write_continuation
 
     (prepared, *_) = prepared_folders(load_config(run / "config.yaml"))
-    tasks = write_continuation(ROOT / prepared, ROOT / "runs" / "demo" / "tasks")
+    tasks = write_continuation(Path(prepared), OUTPUT / "tasks")
     command = [
-        *(sys.executable, "tools/convert_and_eval.py", str(run.relative_to(ROOT)), "--overwrite"),
-        *("--tasks", NAME, "--include_path", str(tasks.relative_to(ROOT))),
+        *(sys.executable, "-m", "megagamma.commands", "convert_and_eval", str(run), "--overwrite"),
+        *("--tasks", NAME, "--include_path", str(tasks)),
     ]
     print(f"\n== {' '.join(command[1:])}", flush=True)
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, check=False).returncode
     if code:
         raise MegagammaError(f"the conversion of {run.name} ended with exit code {code}; see its messages above")
 
@@ -66,21 +67,21 @@ def _finite(loss: float | None) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Train both arms, compare them, convert and score the better one."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     begin = time.perf_counter()
-    os.chdir(ROOT)
-    folders = [train(gamma, sys.argv[1:]) for gamma in GAMMAS]
+    os.chdir(source_tree())
+    folders = [train(gamma, arguments) for gamma in GAMMAS]
     runs = [read_run(folder) for folder in folders]
     rows = comparison(runs)
-    output = ROOT / "runs" / "demo"
     text = as_table(rows)
-    write_text(output / "table.md", text + "\n")
-    write_json(output / "table.json", rows)
-    plot(runs, output / "loss.png")
+    write_text(OUTPUT / "table.md", text + "\n")
+    write_json(OUTPUT / "table.json", rows)
+    plot(runs, OUTPUT / "loss.png")
     print(f"\n{text}\n")
     for run in runs:
         if run.samples:
@@ -94,10 +95,6 @@ def main() -> int:
     print(
         "\nA run this short need not show the published effect: earlier work of the paper's group saw small "
         "initialization fall behind at first and win later (docs/claims.md).\n"
-        f"Curves: {(output / 'loss.png').relative_to(ROOT)}. Whole demo: {duration(time.perf_counter() - begin)}."
+        f"Curves: {OUTPUT / 'loss.png'}. Whole demo: {duration(time.perf_counter() - begin)}."
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

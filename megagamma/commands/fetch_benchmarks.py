@@ -1,8 +1,8 @@
 """Fill a mirror of benchmark data on a machine with a network, for machines without one.
 
-    python tools/fetch_benchmarks.py --tasks reasoning knowledge --mirror mirror
-    python tools/fetch_benchmarks.py --tasks reasoning --mirror mirror --list        # what is asked for, and what is there
-    python tools/convert_and_eval.py runs/mine --tasks reasoning --mirror mirror     # later, without a network
+    megagamma fetch_benchmarks --tasks reasoning knowledge --mirror mirror
+    megagamma fetch_benchmarks --tasks reasoning --mirror mirror --list        # what is asked for, and what is there
+    megagamma convert_and_eval runs/mine --tasks reasoning --mirror mirror     # later, without a network
 
 Tasks are presets (reasoning, knowledge, quick), tasks, groups or tags of lm-eval, and your own with --include_path. Each
 data set goes to MIRROR/<org>/<name>/, whole or not at all; what is there already is left alone. Exit codes: 0; 1 when
@@ -16,10 +16,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megagamma.cli import main_guard
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.evaluation.mirror import HEADER, VARIABLE, folder_of, header, holds
 from megagamma.evaluation.tasks import TaskRequest, dataset_configs, plan
@@ -66,7 +66,7 @@ def fetch(name: str, configs: list[str | None], root: Path, revision: str | None
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        options = {"repo_type": "dataset", "revision": revision, "local_dir": str(partial)}
+        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_dir": str(partial)}
         snapshot_download(name, allow_patterns=["README.md"], **options)
         known = header(partial / "README.md")
         kept = [config for config in known if config in configs or (final.exists() and holds(root, name, config))]
@@ -160,7 +160,3 @@ def main(arguments: list[str] | None = None) -> int:
         size = fetch(name, wanted[name], root, pinned.get(name))
         print(f"  {size / 2**20:,.1f} MiB in {folder_of(root, name)}", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))

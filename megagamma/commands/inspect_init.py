@@ -1,11 +1,11 @@
 """Look at a model before it is trained: initialization, parameters, FLOPs, memory. It needs no data.
 
-    python tools/inspect_init.py --config configs/model/7b.yaml
-    python tools/inspect_init.py --config configs/model/70b.yaml --parallel.tensor 8 --parallel.pipeline 4
+    megagamma inspect_init --config configs/model/7b.yaml
+    megagamma inspect_init --config configs/model/70b.yaml --parallel.tensor 8 --parallel.pipeline 4
         --world_size 256 --data.micro_batch_size 1 --data.global_batch_size 512
-    python tools/inspect_init.py --config configs/model/1b.yaml --init.gamma 0.5 --compare --json init.json
+    megagamma inspect_init --config configs/model/1b.yaml --init.gamma 0.5 --compare --json init.json
 
-Every knob of a run works here. The measured stds are of a sample drawn from the very streams that a run fills
+Every option of a run works here. The measured stds are of a sample drawn from the very streams that a run fills
 its weights from; z is their distance from the target std in standard errors (a few are normal, beyond
 init.max_z a run refuses to start). With --parallel.memory_gib the exit code is 2 when the run does not fit.
 """
@@ -17,7 +17,6 @@ from typing import Any
 
 import jsonargparse
 
-from megagamma.cli import main_guard
 from megagamma.config.io import build_parser, parse_namespace, to_config
 from megagamma.config.resolve import resolve, validate
 from megagamma.config.schema import Config, padded_vocab_size
@@ -29,7 +28,7 @@ GIB = 2**30
 
 def parser() -> jsonargparse.ArgumentParser:
     """All knobs of a run, and this program's own options."""
-    found = build_parser("inspect_init.py", __doc__ or "")
+    found = build_parser(None, __doc__ or "")
     found.add_argument("--world_size", type=int, default=1, help="Processes of the run. (default: 1)")
     found.add_argument("--tensor-level", action="store_true", help="One row per matrix in place of one per role.")
     found.add_argument("--compare", action="store_true", help="Also the target std of every other scheme.")
@@ -134,7 +133,7 @@ def print_cost(cost: dict[str, Any]) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Parse, inspect, print."""
     namespace = parse_namespace(parser(), arguments)
     config = config_of(namespace)
@@ -157,7 +156,4 @@ def main(arguments: list[str] | None = None) -> None:
         write_json(namespace.json, result)
         print(f"written to {namespace.json}")
     check_fits(config, namespace.world_size)
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    return 0

@@ -1,13 +1,14 @@
 """Prepare text for pretraining, verify what was prepared, or look at a training batch.
 
-    python tools/prepare_data.py --corpus sotu
-    python tools/prepare_data.py --input 'text/**/*.jsonl.zst' --vocab_size 16384 --output data/mine
-    --workers 8 python tools/prepare_data.py --hf_dataset NAME --hf_split train --tokenizer
-    data/mine/tokenizer.model --output data/hub python tools/prepare_data.py --verify data/mine
-    python tools/prepare_data.py --inspect runs/demo/config.yaml --step 100 --rows 2
+    megagamma prepare_data --corpus sotu
+    megagamma prepare_data --input 'text/**/*.jsonl.zst' --vocab_size 16384 --output data/mine --workers 8
+    megagamma prepare_data --hf_dataset NAME --hf_split train --tokenizer data/mine/tokenizer.model --output data/hub
+    megagamma prepare_data --verify data/mine
+    megagamma prepare_data --inspect runs/demo/config.yaml --step 100 --rows 2
 
 The output folder holds train and validation token files (Megatron's .bin and .idx), tokenizer.model and
-manifest.json. A run that was killed continues when it is started again with the same options.
+manifest.json. A run that was killed continues when it is started again with the same options. Empty files are
+left out and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 from megagamma.data.preparation.corpus import EMBEDDED_CORPORA, FORMATS, Source
 from megagamma.data.preparation.indexing import verify_prepared
 from megagamma.data.preparation.prepare import PrepareSettings, prepare
-from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.errors import ConfigurationError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -127,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--verify", metavar="DIR", help="check a prepared folder, checksums included, and exit")
     group.add_argument("--inspect", metavar="CONFIG", help="print the decoded text of a batch of a training config")
     group.add_argument(
-        "--step", type=int, default=0, metavar="N", help="with --inspect: which step's batch (default: 0)"
+        "--step", type=int, default=1, metavar="N", help="with --inspect: which step's batch (default: 1)"
     )
     group.add_argument(
         "--rows", type=int, default=4, metavar="K", help="with --inspect: how many of its rows (default: 4)"
@@ -167,6 +168,9 @@ def print_summary(folder: str, manifest: dict) -> None:
         f"{manifest['duplicates_dropped']:,} duplicates and "
         f"{manifest['empty_documents']:,} empty documents left out"
     )
+    # Folders of older versions do not count them.
+    if files := manifest.get("empty_files", 0):
+        print(f"{folder}: {files:,} empty {'file' if files == 1 else 'files'} left out")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,14 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             settings = settings_from(options)
             print_summary(settings.output, verify_prepared(prepare(settings)))
-    except MegagammaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: finished parts are kept; the same command continues from them", file=sys.stderr)
-        return 130
+        print("finished parts are kept; the same command continues from them", file=sys.stderr)
+        raise
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

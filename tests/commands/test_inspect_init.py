@@ -1,6 +1,5 @@
-"""tools/inspect_init.py: answers for any size, samples what a run draws, and tells users what is wrong."""
+"""megagamma inspect_init: answers for any size, samples what a run draws, and tells users what is wrong."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from megagamma.cli import main_guard
+from megagamma.commands import inspect_init
 from megagamma.config.schema import Config, InitConfig, resolve_model
 from megagamma.initialization.report import Moments
 from megagamma.initialization.streams import normal_
@@ -22,12 +22,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "inspect_init.py"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("inspect_init", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return inspect_init
 
 
 @pytest.fixture

@@ -1,0 +1,9 @@
+"""`megagamma convert_and_eval`, from a checkout."""
+
+import sys
+
+from megagamma.cli import main_guard
+from megagamma.commands.convert_and_eval import main
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,9 @@
+"""`megagamma fetch_benchmarks`, from a checkout."""
+
+import sys
+
+from megagamma.cli import main_guard
+from megagamma.commands.fetch_benchmarks import main
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

@@ -1,0 +1,9 @@
+"""`megagamma inspect_init`, from a checkout."""
+
+import sys
+
+from megagamma.cli import main_guard
+from megagamma.commands.inspect_init import main
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
