@@ -1,4 +1,4 @@
-"""The initialization hook: fills a built model through the map, and measures what it drew."""
+"""Fills a built model with its initial weights through the map, and measures what was drawn."""
 
 from __future__ import annotations
 

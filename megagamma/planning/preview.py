@@ -1,6 +1,6 @@
 """A model looked at before it is built: what initialization would draw, and what the model costs.
 
-The numbers are measured on a sample that is really drawn, by the hook that fills real models, from the
+The numbers are measured on a sample that is really drawn, by the code that fills real models, from the
 streams that a run of this config draws. Nothing of the model's size is allocated.
 """
 
@@ -57,9 +57,9 @@ def _strip(logical: LogicalParameter, elements: int, from_end: bool) -> Part:
 
 
 def _draw(part: Part, config: Config) -> Moments:
-    """Moments of a part, drawn as the hook draws it into a real model."""
+    """Moments of a part, drawn as into a real model."""
     out = torch.empty(part.shape, dtype=torch.float32)
-    # The hook reads no more of a mapped tensor than its parts.
+    # `draw` reads no more of a mapped tensor than its parts.
     draw(MappedTensor("", None, part.shape, (part,)), out, config)  # type: ignore[arg-type]
     return moments(out)
 
