@@ -1,4 +1,14 @@
-"""What every command-line program of the project does around its work."""
+"""What every command does around its work. Exit codes of all commands:
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | what was checked is not so: checkpoints differ, a task could not be scored, data is missing, a layout is unequal |
+| 2 | the command line, the config, the data or the machine must be fixed: one line on standard error says what |
+| 3 | stopped by the guard: a loss or gradient that is not finite, or a spike, under the policy `stop` |
+| 75 | stopped by SIGTERM, SIGINT or SIGUSR1 after saving a checkpoint: start it again to resume |
+| 130 | interrupted (Ctrl-C) |
+"""
 
 from __future__ import annotations
 
@@ -6,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from megagamma.environment import launcher_rank, let_waiting_threads_sleep
 from megagamma.errors import ConfigurationError, MegagammaError
@@ -29,7 +40,7 @@ def main_guard(function: Callable[[], int | None]) -> int:
     """
     let_waiting_threads_sleep()
     # What Megatron-core and DeepSpeed say on import about extensions that are not there, and the deprecations that
-    # they cause inside torch: nothing that a user could mend.
+    # they cause inside torch: nothing that a user could fix.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed)\.")
     try:
@@ -47,3 +58,29 @@ def main_guard(function: Callable[[], int | None]) -> int:
         # The reader, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def leave(code: int) -> None:
+    """End a process of a run whose exit code is not 0, at once.
+
+    Other ranks may wait for this one in a collective, and the launcher ends them only when this process is gone, which
+    threads of the communication libraries can put off for good.
+    """
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def source_tree() -> Path:
+    """The checkout that this package runs from, for commands that need its configs/.
+
+    Raises:
+        ConfigurationError: it does not run from one, as after an installation from a wheel.
+    """
+    tree = Path(__file__).resolve().parents[1]
+    if not (tree / "configs" / "smoke.yaml").is_file():
+        raise ConfigurationError(
+            f"this command needs configs/ of the source tree, and {tree} has none: get the source and run it there"
+        )
+    return tree

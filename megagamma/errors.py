@@ -26,7 +26,7 @@ class CheckpointError(MegagammaError):
 
 
 class InitializationError(MegagammaError):
-    """Weights that were not drawn as asked."""
+    """Weights that were not drawn with their target std."""
 
 
 class DistributedError(MegagammaError):

@@ -1,10 +1,8 @@
-"""The main job: config -> data, model, engine -> training loop.
+"""Pretrain a model: config -> data, model, engine -> training loop.
 
     deepspeed megagamma/pretrain.py --config configs/demo.yaml --init.gamma 1.0
 
-Also under torchrun, srun, or plain python for one process. Exit codes: 0 done; 2 something in the config, the data
-or the machine must be mended; 3 stopped by the guard; 75 stopped by SIGTERM, SIGINT or SIGUSR1 after a checkpoint,
-start it again to go on.
+Also under torchrun, srun, or plain python for one process, and as `megagamma pretrain`. Exit codes: `megagamma.cli`.
 """
 
 from __future__ import annotations
@@ -17,15 +15,19 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from megagamma.cli import main_guard
+from megagamma.cli import leave, main_guard
 from megagamma.config.io import parse_config
 from megagamma.environment import let_waiting_threads_sleep, world_size
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit code."""
     let_waiting_threads_sleep()  # before torch is imported
-    config = parse_config(program="pretrain.py", world_size=world_size())
+    size = world_size()
+    config = parse_config(arguments, program=os.path.basename(sys.argv[0]), world_size=size)
+    from megagamma.planning.memory import check_fits
+
+    check_fits(config, size)
     from megagamma.distributed.peers import explain_lost_contact
     from megagamma.distributed.runtime import Runtime
     from megagamma.job import train
@@ -37,10 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main_guard(main)
-    if code:
-        # Leave at once: other ranks may wait for this one in a collective, and the launcher ends them only when this
-        # process is gone, which threads of the communication libraries can put off for good.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave(main_guard(main))

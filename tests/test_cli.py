@@ -112,6 +112,7 @@ def pretrain(root: Path, *arguments: str, **environment: str) -> subprocess.Comp
         (["--model.hiden_size", "3"], "error: model.hiden_size is not a knob: did you mean model.hidden_size?"),
         (["--model.num_query_groups", "3"], "error: model.num_query_groups=3 must divide model.num_attention_heads=4"),
         (["--config", "missing.yaml"], "error: --config missing.yaml: there is no such file"),
+        (["--parallel.memory_gib", "0.01"], "error: parallel.memory_gib=0.01: a rank of pipeline stage 0 needs"),
     ],
 )
 def test_wrong_command_line(root: Path, arguments: list[str], said: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from megagamma.checkpoint.reader import CheckpointReader, folder_name, read_manifest, steps_saved, verify
+from megagamma.config.io import current_form
 from megagamma.errors import CheckpointError
 
 _PIECE = 1 << 22  # elements that are looked at together; unit: 32 MiB of float64
@@ -222,5 +223,5 @@ def difference(folder_a: Path, folder_b: Path, tolerance: float = 0.0) -> dict[s
         "compared": len(tensors),
         "largest_relative": max((row.relative for row in tensors), default=0.0),
         "different": [asdict(row) for row in differ],
-        "knobs": config_differences(first["config"], second["config"]),
+        "knobs": config_differences(current_form(first["config"]), current_form(second["config"])),
     }

@@ -1,13 +1,14 @@
 """Reading, printing and writing a `Config`: command line, YAML files, the copy in the run's folder.
 
-The command line is built from the dataclasses of `megagamma.config.schema` by jsonargparse, so that a knob is
-described in one place only. Nothing here imports torch: `--help` answers at once.
+The command line is built from the dataclasses of `megagamma.config.schema` by jsonargparse, so that an option
+is described in one place only. Nothing here imports torch: `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import sys
@@ -17,8 +18,9 @@ from typing import Any, get_type_hints
 import jsonargparse
 import yaml
 
-from megagamma.config.rules import resolve, validate
-from megagamma.config.schema import Config
+from megagamma.config.exponents import flag_value, merge_exponents, take_exponents
+from megagamma.config.resolve import resolve, validate
+from megagamma.config.schema import ROLES, Config
 from megagamma.errors import ConfigurationError
 
 # Names of earlier or neighbouring tools, so that a user of those is told ours.
@@ -51,7 +53,7 @@ _WORDS = {
 
 
 def known_keys() -> list[str]:
-    """Every knob as `section.key`, and the top-level ones."""
+    """Every option as `section.key`, and the top-level ones."""
     keys = []
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind):
@@ -67,7 +69,7 @@ def build_parser(program: str | None = None, description: str = "") -> jsonargpa
     parser = jsonargparse.ArgumentParser(
         prog=program, description=description, exit_on_error=False, default_env=False, allow_abbrev=False
     )
-    parser.add_argument("--config", action="config", help="YAML file of knobs; repeatable, later files win.")
+    parser.add_argument("--config", action="config", help="YAML file of options; repeatable, later files win.")
     hints = get_type_hints(Config)
     for item in dataclasses.fields(Config):
         kind = hints[item.name]
@@ -78,9 +80,8 @@ def build_parser(program: str | None = None, description: str = "") -> jsonargpa
                 f"--{item.name}",
                 type=kind,
                 default=item.default,
-                help="DeepSpeed's JSON file; its 'auto' values are filled from the knobs, contradictions are refused. "
-                "auto: configs/deepspeed/zero1.json, or zero0.json for fp32 on one data-parallel rank, where there is "
-                "nothing to shard.",
+                help="DeepSpeed's JSON file; its 'auto' values are filled from the options, contradictions are refused. "
+                "auto: ZeRO 1, or ZeRO 0 for fp32 on one data-parallel rank, where there is nothing to shard.",
             )
     # The deepspeed launcher passes this to every process; the environment's LOCAL_RANK says the same.
     parser.add_argument("--local_rank", type=int, default=-1, help=jsonargparse.SUPPRESS)
@@ -100,10 +101,11 @@ def _explain(error: BaseException) -> str:
         key = f"{group}.{member}" if group else (flag or option)
         near = _SYNONYMS.get(key)
         if near is None:
-            matches = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+            keys = [*known_keys(), *(f"init.{role}" for role in ROLES)]
+            matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
             if not matches:
                 leaf = key.rsplit(".", 1)[-1]
-                leaves = {known.rsplit(".", 1)[-1]: known for known in known_keys()}
+                leaves = {name.rsplit(".", 1)[-1]: name for name in keys}
                 matches = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
             near = matches[0] if matches else None
         hint = f"did you mean {near}?" if near else "see --help for every knob"
@@ -134,11 +136,11 @@ def to_config(namespace: Any) -> Config:
     return config
 
 
-def _check_file(path: str) -> None:
-    """Refuse a file whose form is not that of a config, naming it; its knobs are the parser's matter.
+def _read_file(path: str) -> dict[str, Any]:
+    """A config file's sections. Its form is checked here, naming the file; its options are the parser's matter.
 
     Raises:
-        ConfigurationError: missing, not YAML, or not sections of knobs.
+        ConfigurationError: missing, not YAML, or not sections of options.
     """
     if not os.path.isfile(path):
         raise ConfigurationError(f"--config {path}: there is no such file: give the path of a YAML file")
@@ -146,31 +148,72 @@ def _check_file(path: str) -> None:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigurationError(f"--config {path}: not YAML ({reason}): mend the file") from error
+        raise ConfigurationError(f"--config {path}: not YAML ({reason}): fix the file") from error
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {type(values).__name__}"
-        raise ConfigurationError(f"--config {path}: is {what}: give sections of knobs, such as 'run: {{steps: 10}}'")
+        raise ConfigurationError(f"--config {path}: is {what}: give sections of options, such as 'run: {{steps: 10}}'")
     for name, kind in get_type_hints(Config).items():
         if dataclasses.is_dataclass(kind) and name in values and not isinstance(values[name], dict):
             raise ConfigurationError(
-                f"--config {path}: {name}={values[name]!r}: {name} is a section: give its knobs, such as "
+                f"--config {path}: {name}={values[name]!r}: {name} is a section: give its options, such as "
                 f"'{name}: {{{dataclasses.fields(kind)[0].name}: ...}}'"
             )
+    return values
+
+
+def _with_exponents(arguments: list[str]) -> list[str]:
+    """The command line with all that it says of init.exponents, in any spelling and in its files, as one last argument.
+
+    As everywhere, what comes later wins, role by role.
+
+    Raises:
+        ConfigurationError: an unusable file, or two values for one role in one file or on the command line.
+    """
+    rest: list[str] = []
+    exponents: dict[str, float] = {}
+    flags: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, text = word.partition("=")
+        value: str | None = text
+        key, _, role = name.removeprefix("--init.").partition(".")
+        is_exponent = name.startswith("--init.") and (key == "exponents" or (key in ROLES and not role))
+        if not equals and (name == "--config" or is_exponent):
+            value = next(words, None)
+        if value is None or not (name == "--config" or is_exponent):
+            rest.append(word)  # also a flag whose value is missing, which the parser names
+        elif name == "--config":
+            values = _read_file(value)
+            init = values.get("init")
+            if init and {"exponents", *ROLES} & set(init):
+                exponents = merge_exponents(exponents, take_exponents(init, f"--config {value}: "))
+                value = _text_without_exponents(value)  # the parser takes the text of a file, too
+            rest += ["--config", value]
+        else:
+            given = flag_value(value)
+            section = {key: {role: given} if role else given}
+            exponents = merge_exponents(exponents, take_exponents({**section}, "--"))
+            if key == "exponents":
+                section = {key: {**flags.get(key, {}), **section[key]}}
+            flags |= section
+            take_exponents({**flags}, "--")  # refuses two values for one role
+    return [*rest, f"--init.exponents={json.dumps(exponents)}"] if exponents or flags else rest
+
+
+def _text_without_exponents(path: str) -> str:
+    """A config file's text without init.exponents, its other values as they are written: the parser reads 1e-3 itself."""
+    document: Any = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    for name, section in document.value:
+        if name.value == "init":
+            section.value = [pair for pair in section.value if pair[0].value not in ("exponents", *ROLES)]
+    return yaml.serialize(document, Dumper=yaml.SafeDumper)
 
 
 def parse_namespace(parser: jsonargparse.ArgumentParser, arguments: list[str] | None = None) -> Any:
     """Parse, turning every complaint of the parser into a `ConfigurationError`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for position, argument in enumerate(arguments):
-        path = ""
-        if argument == "--config" and position + 1 < len(arguments):
-            path = arguments[position + 1]
-        elif argument.startswith("--config="):
-            path = argument.split("=", 1)[1]
-        if path:
-            _check_file(path)
     try:
-        return parser.parse_args(arguments)
+        return parser.parse_args(_with_exponents(arguments))
     except jsonargparse.ArgumentError as error:
         raise ConfigurationError(_explain(error)) from error
 
@@ -184,9 +227,11 @@ def parse_config(arguments: list[str] | None = None, program: str | None = None,
         world_size: number of processes that the run has, for the rules about layouts.
 
     Raises:
-        ConfigurationError: an unknown knob, a bad value, or a rule between knobs that is broken.
+        ConfigurationError: an unknown option, a bad value, or a rule between options that is broken.
     """
-    parser = build_parser(program, "Pretrain a GPT whose initialization is a knob, with Megatron-core and DeepSpeed.")
+    parser = build_parser(
+        program, "Pretrain a GPT whose initialization is an option, with Megatron-core and DeepSpeed."
+    )
     config = resolve(to_config(parse_namespace(parser, arguments)))
     validate(config, world_size)
     return config
@@ -205,8 +250,21 @@ def as_dict(config: Config) -> dict[str, Any]:
     return values
 
 
+def current_form(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored config, as `as_dict` of this version would give it; a copy, as far as it changes.
+
+    Before init.exponents, every role was a key of its own in the section `init`, null for init.gamma.
+    """
+    if "init" not in values:
+        return values
+    init = dict(values["init"])
+    exponents = merge_exponents({}, take_exponents(init, ""))
+    return {**values, "init": {**init, "exponents": exponents}}
+
+
 def from_dict(values: dict[str, Any]) -> Config:
-    """The config that `as_dict` gave. Keys of a section that are not there take their defaults."""
+    """The config that `as_dict` gave, of this version or an older one. Keys that are not there take their defaults."""
+    values = current_form(values)
     sections: dict[str, Any] = {}
     for name, kind in get_type_hints(Config).items():
         if name in values:
@@ -224,7 +282,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def differences(old: Config, new: Config, sections: tuple[str, ...]) -> list[str]:
-    """Knobs of `sections` that differ, as `section.key: old -> new`."""
+    """Options of `sections` that differ, as `section.key: old -> new`."""
     before, after = as_dict(old), as_dict(new)
     return [
         f"{section}.{key}: {before[section][key]} -> {after[section][key]}"

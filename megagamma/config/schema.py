@@ -1,7 +1,7 @@
-"""Every knob of a run, once: the dataclasses below are the schema, the `--help` and the file format.
+"""Every option of a run, once, with its bounds: the dataclasses below are the schema, the `--help` and the file format.
 
-A run is described by YAML files plus `--section.key value` on the command line (`megagamma.config.io`).
-Rules between knobs are checked by `megagamma.config.rules` before a file or a process group is opened.
+A run is described by YAML files plus `--section.key value` on the command line (`megagamma.config.io`). The bounds and
+the rules between options are checked by `megagamma.config.rules`, before a process group or the data is opened.
 Tags in the docstrings tell where a default comes from: [P] stated by the paper (arXiv 2606.17945),
 [3P] by a third party that read it, [PRE] by earlier work of its authors, [REF] by work that it cites,
 [INF] our inference, [practice] what Megatron-LM, Llama or OLMo users expect.
@@ -9,8 +9,10 @@ Tags in the docstrings tell where a default comes from: [P] stated by the paper 
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # The roles of weight matrices, in the order of reports. Norm gains have the role "norm" and are always 1.
 ROLES = (
@@ -27,6 +29,45 @@ ROLES = (
 )
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Values that a number may take. Infinity and NaN are never allowed."""
+
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    rule: str = ""
+    """The bounds in words, where those below do not say enough."""
+
+    def allow(self, value: float) -> bool:
+        """Whether a value is within the bounds."""
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """The rule, to follow the option's name and value: "must be at least 1"."""
+        if self.rule:
+            return self.rule
+        if self.maximum is not None or self.below is not None:
+            top = f"{self.maximum:g}" if self.below is None else f"{self.below:g} excluded"
+            return f"must lie between {self.minimum:g} and {top}"
+        return f"must be at least {self.minimum:g}" if self.above is None else f"must be more than {self.above:g}"
+
+
+def option(default: Any, **bounds: Any) -> Any:
+    """A field of the schema: its default, and the `Bounds` of its value, or of each of its elements."""
+    metadata = {"bounds": Bounds(**bounds)}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
 class RunConfig:
     """What is run, for how long, and where it is written."""
@@ -35,22 +76,22 @@ class RunConfig:
     """Name of the run in reports and in wandb."""
     folder: str = "runs/{name}"
     """Folder of the run's files; `{name}` is replaced by run.name."""
-    steps: int | None = None
+    steps: int | None = option(None, minimum=1)
     """Optimizer steps to train. Unit: steps. Give this or run.tokens; with neither, 1000."""
-    tokens: float | None = None
+    tokens: float | None = option(None, minimum=1)
     """Token budget in place of run.steps. Unit: tokens; rounded up to whole steps. 20 per parameter is a common choice."""
-    seed: int = 1234
+    seed: int = option(1234, minimum=0, maximum=2**64 - 1, rule="must be at least 0 and below 2^64")
     """Seed of the initial weights and of the data order."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest complete checkpoint of the folder, else start; never: refuse a folder that
     holds a run; must: fail when there is no checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model. auto: cuda when there is one, else cpu."""
-    threads: int = 0
+    threads: int = option(0, minimum=0)
     """CPU threads per process. 0: OMP_NUM_THREADS when set (torchrun sets it to 1), else cores / processes on this node."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = option(30.0, above=0)
     """Deadline of every collective operation. Unit: minutes. [practice]"""
-    start_minutes: float = 10.0
+    start_minutes: float = option(10.0, above=0)
     """Deadline for all processes to come to the start; those that are missing then are named. Unit: minutes."""
     deterministic: bool = False
     """Ask torch for deterministic kernels on a GPU (slower). CPU runs are deterministic in any case."""
@@ -60,26 +101,26 @@ class RunConfig:
 class ModelConfig:
     """Shape of the decoder: pre-norm RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases [INF from method 3.3]."""
 
-    hidden_size: int = 256
+    hidden_size: int = option(256, minimum=1)
     """Width d of the residual stream. Unit: features."""
-    num_layers: int = 4
+    num_layers: int = option(4, minimum=1)
     """Number of transformer layers."""
-    num_attention_heads: int = 4
+    num_attention_heads: int = option(4, minimum=1)
     """Query heads per layer."""
-    num_query_groups: int | None = None
+    num_query_groups: int | None = option(None, minimum=1)
     """Key-value heads per layer (grouped-query attention). Default: num_attention_heads."""
-    head_dim: int | None = None
+    head_dim: int | None = option(None, minimum=2)
     """Features per head. Default: hidden_size / num_attention_heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int | None = option(None, minimum=1)
     """Width of the SwiGLU. Default: 8/3 of hidden_size, rounded up to a multiple of 64."""
-    vocab_size: int | None = None
+    vocab_size: int | None = option(None, minimum=2)
     """True vocabulary. Unit: tokens. Default: the tokenizer's."""
-    vocab_size_multiple: int = 128
+    vocab_size_multiple: int = option(128, minimum=1)
     """The embedding is padded to a multiple of this, which every tensor-parallel degree must divide, so that the
     padded size does not depend on the layout. [practice: Megatron's make-vocab-size-divisible-by]"""
     tie_embeddings: bool = False
     """Share the embedding with the output head."""
-    norm_epsilon: float = 1e-12
+    norm_epsilon: float = option(1e-12, above=0)
     """Epsilon of every RMSNorm: block norms, q/k norms and the final norm. The common 1e-5 saturates the norms of a
     model drawn small and hides its gain [3P: 1e-5 -> 1e-12]."""
     qk_norm: bool = True
@@ -89,12 +130,17 @@ class ModelConfig:
     [3P: relaxes attention sinks; REF: arXiv 2505.06708, G1]."""
     allow_gate_without_qk_norm: bool = False
     """A gate without q/k-norm exports to no stock Hugging Face class; set this to train one all the same."""
-    rope_theta: float = 10000.0
+    rope_theta: float = option(10000.0, above=1)
     """Base of the rotary embedding. [REF]"""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, attention only, or whole layers."""
     transformer_engine: bool = False
     """Use Transformer Engine's layers in place of the local ones. Needs a GPU and the package."""
+
+
+_EXPONENT_RULE = (
+    "must lie between 0 and 4: it is the exponent of std = d_in^-gamma; 0.5 is the usual scale and 1 the small one"
+)
 
 
 @dataclass
@@ -110,32 +156,15 @@ class InitConfig:
         "megatron",
         "neox_small",
     ] = "gamma"
-    """gamma: std = d_in^-gamma; fixed: init.std everywhere; fixed_depth: the same with 1/sqrt(2L) on the two
-    residual-writing matrices; deepseek: 0.006 everywhere; inverse_sqrt: 1/sqrt(d_in); megatron: 0.02 with
-    1/sqrt(2L); neox_small: sqrt(2/(5d)) with 2/(L sqrt(d)) on the residual-writing matrices [REF]."""
-    gamma: float = 1.0
+    """How the std of a matrix follows from its role and d_in: gamma is the method, the others are baselines. Formulas
+    and sources: docs/initialization.md; their values for a model: inspect_init --compare."""
+    gamma: float = option(1.0, minimum=0, maximum=4, rule=_EXPONENT_RULE)
     """Exponent of the standard deviation for every role. 1: small [3P]; 0.5: the usual 1/sqrt(d_in)."""
-    embedding: float | None = None
-    """Exponent for the token embedding (d_in = hidden_size [PRE]). Default: init.gamma."""
-    query: float | None = None
-    """Exponent for query projections. Default: init.gamma."""
-    key: float | None = None
-    """Exponent for key projections. Default: init.gamma."""
-    value: float | None = None
-    """Exponent for value projections. Default: init.gamma."""
-    gate: float | None = None
-    """Exponent for the attention output gate. Default: init.gamma. [INF]"""
-    attention_output: float | None = None
-    """Exponent for the attention output projection. Default: init.gamma."""
-    mlp_gate: float | None = None
-    """Exponent for the SwiGLU's gate projection. Default: init.gamma."""
-    mlp_up: float | None = None
-    """Exponent for the SwiGLU's up projection. Default: init.gamma."""
-    mlp_down: float | None = None
-    """Exponent for the SwiGLU's down projection. Default: init.gamma."""
-    head: float | None = None
-    """Exponent for the untied output head (d_in = hidden_size). Default: init.gamma."""
-    std: float = 0.02
+    exponents: dict[str, float] = option({}, minimum=0, maximum=4, rule=_EXPONENT_RULE)
+    """Exponents of single roles in place of init.gamma, such as {embedding: 0.5}; `--init.embedding 0.5` is short for
+    one. Roles: embedding, query, key, value, gate (of the attention output), attention_output, mlp_gate, mlp_up,
+    mlp_down, head. For embedding and head d_in is hidden_size [PRE]."""
+    std: float = option(0.02, above=0)
     """Standard deviation of the schemes fixed and fixed_depth. [REF: Megatron's default]"""
     residual_fan_in: Literal["d_in", "hidden"] = "d_in"
     """d_in of the two matrices that write to the residual stream: their true fan-in (the paper group's text), or
@@ -144,12 +173,12 @@ class InitConfig:
     """Divide the std of the two residual-writing matrices by sqrt(2 num_layers), with scheme gamma or inverse_sqrt.
     [PRE: the group's code; INF: kept in the paper, which uses Megatron-LM]"""
     distribution: Literal["normal", "truncated"] = "normal"
-    """normal [PRE], or truncated at init.truncate_at standard deviations and rescaled to the asked std."""
-    truncate_at: float = 3.0
+    """normal [PRE], or truncated at init.truncate_at standard deviations and rescaled to the target std."""
+    truncate_at: float = option(3.0, above=0)
     """Cut of the truncated normal. Unit: standard deviations. [REF: OLMo-2]"""
-    max_z: float = 6.0
-    """A run refuses to start when the measured std of a matrix is further from the asked one than this many
-    standard errors."""
+    max_z: float = option(6.0, above=0)
+    """A run refuses to start when the measured std of a matrix is further from the target than this many standard
+    errors."""
 
 
 @dataclass
@@ -165,11 +194,11 @@ class DataConfig:
     """Folder for embedded texts that are prepared on first use."""
     weights: list[float] | None = None
     """Share of each of data.paths in training, any positive numbers. Default: by their tokens."""
-    sequence_length: int = 256
+    sequence_length: int = option(256, minimum=2)
     """Tokens per sample. Unit: tokens."""
-    global_batch_size: int = 32
+    global_batch_size: int = option(32, minimum=1)
     """Samples per optimizer step, over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = option(8, minimum=1)
     """Samples per forward pass of one rank."""
     batch_ramp: list[int] | None = None
     """[start, increment, samples]: begin with global batch `start` and raise it by `increment`, evenly over the first
@@ -186,7 +215,7 @@ class DataConfig:
 class TokenizerConfig:
     """Tokenizer of an embedded corpus; prepared folders bring their own."""
 
-    vocab_size: int | None = None
+    vocab_size: int | None = option(None, minimum=2)
     """Vocabulary to train for data.corpus. Unit: tokens. Default: 4096 for sotu, 512 for tiny."""
     path: str = ""
     """A SentencePiece .model that the data must have been encoded with; checked by fingerprint."""
@@ -196,17 +225,17 @@ class TokenizerConfig:
 class OptimizerConfig:
     """AdamW [P]."""
 
-    lr: float = 2.5e-4
+    lr: float = option(2.5e-4, minimum=0)
     """Peak learning rate. [PRE: 2608.30315]"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = option((0.9, 0.95), minimum=0, below=1)
     """Decay of Adam's two moments. [INF]"""
-    eps: float = 1e-8
+    eps: float = option(1e-8, above=0)
     """Adam's epsilon. [INF]"""
-    weight_decay: float = 0.1
+    weight_decay: float = option(0.1, minimum=0)
     """Decoupled weight decay. [REF]"""
     decay: Literal["matrices", "all"] = "matrices"
     """What decays: matrices only [practice], or norm gains too [PRE: the group's code]."""
-    clip_grad: float = 1.0
+    clip_grad: float = option(1.0, minimum=0)
     """Largest global gradient norm; 0 does not clip. [REF]"""
     lr_factors: dict[str, float] = field(default_factory=dict)
     """Learning-rate factor per role, such as {embedding: 2.0}. Roles as in `init`, and `norm`."""
@@ -218,13 +247,13 @@ class ScheduleConfig:
 
     shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """wsd: warm-up, stable, then a linear decay over the last decay_ratio of the run."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = option(0.03, minimum=0, maximum=1)
     """Share of the steps spent warming up. [PRE]"""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = option(None, minimum=0)
     """Warm-up in steps, in place of the ratio."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = option(0.1, minimum=0, maximum=1)
     """Last learning rate over the peak. [PRE]"""
-    decay_ratio: float = 0.1
+    decay_ratio: float = option(0.1, minimum=0, maximum=1)
     """Share of the steps that wsd spends decaying. [practice]"""
 
 
@@ -232,17 +261,17 @@ class ScheduleConfig:
 class ParallelConfig:
     """How the model is laid over ranks. The rest of the world is data parallel, split by DeepSpeed's ZeRO stage."""
 
-    tensor: int = 1
+    tensor: int = option(1, minimum=1)
     """Tensor-parallel ranks (t)."""
-    pipeline: int = 1
+    pipeline: int = option(1, minimum=1)
     """Pipeline stages (p)."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals are split over the tensor-parallel ranks."""
-    virtual_pipeline: int | None = None
+    virtual_pipeline: int | None = option(None, minimum=1)
     """Virtual stages per pipeline rank (interleaved schedule)."""
-    context: int = 1
+    context: int = option(1, minimum=1)
     """Context-parallel ranks."""
-    memory_gib: float | None = None
+    memory_gib: float | None = option(None, above=0)
     """Memory of one rank's device. Unit: GiB. With it a layout that cannot fit is refused before launch, see
     docs/memory.md. Default: not checked."""
 
@@ -252,18 +281,19 @@ class PrecisionConfig:
     """Numeric format of weights and activations; the optimizer's state is fp32 in any case."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. bf16 on a CPU warns with the measured speed ratio."""
+    """auto: bf16 on a GPU, fp32 on a CPU or under a DeepSpeed file with ZeRO 0, which keeps no master weights. bf16 on a
+    CPU warns with the measured speed ratio."""
 
 
 @dataclass
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
-    interval: int = 0
+    interval: int = option(0, minimum=0)
     """Steps between checkpoints. 0: only at the end and when the run is told to stop."""
-    keep_last: int = 3
+    keep_last: int = option(3, minimum=0)
     """Newest checkpoints kept; 0 keeps all. Permanent ones are not counted."""
-    permanent: list[int] = field(default_factory=list)
+    permanent: list[int] = option([], minimum=0)
     """Steps whose checkpoints are written and never deleted."""
     log_spaced: bool = False
     """Also write permanent checkpoints at steps 1, 2, 4, 8, ..., for studies of training dynamics. [practice: Pythia]"""
@@ -283,9 +313,9 @@ class ValidationConfig:
 
     paths: dict[str, str] = field(default_factory=dict)
     """Name and prepared folder of each set. Default: the validation split of every training folder."""
-    interval: int = 100
+    interval: int = option(100, minimum=0)
     """Steps between validations. 0: only at the end."""
-    windows: int = 64
+    windows: int = option(64, minimum=0)
     """Windows of sequence_length per set; 0 uses all of it."""
     at_end: bool = True
     """Validate after the last step."""
@@ -294,9 +324,9 @@ class ValidationConfig:
     harness_tasks: list[str] = field(default_factory=list)
     """Benchmarks of lm-eval to score the model on as it trains: presets (reasoning, knowledge, quick), tasks, groups or
     tags, with `name:5` for five examples in the prompt. Recorded as harness/<task>/<metric>. What fails only warns."""
-    harness_interval: int = 0
+    harness_interval: int = option(0, minimum=0)
     """Steps between scorings. 0: only after the last step. They are slow: a forward pass per choice or generated token."""
-    harness_limit: int = 0
+    harness_limit: int = option(0, minimum=0)
     """Documents of each task to score; 0 uses all."""
     harness_mirror: str = ""
     """Folder filled by tools/fetch_benchmarks.py, for machines without a network. Default: MEGAGAMMA_MIRROR, or the hub."""
@@ -312,13 +342,13 @@ class GuardConfig:
     """A loss or gradient that is not finite: stop the run (the last checkpoint is kept), or leave the step out."""
     on_spike: Literal["report", "stop", "skip"] = "report"
     """A loss far above its recent mean: report it, stop the run, or leave the step out."""
-    spike_sigma: float = 6.0
+    spike_sigma: float = option(6.0, above=0)
     """A spike is a loss more than this many standard deviations above the mean of the last spike_window steps."""
-    spike_window: int = 64
+    spike_window: int = option(64, minimum=2)
     """Steps that the mean and deviation are taken over; no spike is called before they are full."""
-    max_skips: int = 10
+    max_skips: int = option(10, minimum=0)
     """Steps in a row that may be left out before the run stops."""
-    replica_interval: int = 100
+    replica_interval: int = option(100, minimum=0)
     """Steps between checks that the copies of replicated weights are equal over ranks. 0: never."""
 
 
@@ -326,15 +356,15 @@ class GuardConfig:
 class LoggingConfig:
     """Console, files and wandb. The local files are the truth."""
 
-    interval: int = 1
+    interval: int = option(1, minimum=1)
     """Steps between lines of metrics.jsonl."""
-    console_interval: int = 10
+    console_interval: int = option(10, minimum=1)
     """Steps between console lines."""
-    sample_interval: int = 0
+    sample_interval: int = option(0, minimum=0)
     """Steps between text samples; 0: one at the end."""
     sample_prompt: str = "The "
     """Text that samples continue."""
-    sample_tokens: int = 64
+    sample_tokens: int = option(64, minimum=0)
     """Length of a sample; 0 writes none. Unit: tokens."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """wandb mirrors the metrics; a failure of it only warns."""
@@ -360,8 +390,9 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     deepspeed_config: str = "auto"
-    """DeepSpeed's own JSON file; its "auto" values are filled from the knobs, contradictions are refused. auto:
-    configs/deepspeed/zero1.json, or zero0.json for fp32 on one data-parallel rank, which leaves ZeRO nothing to shard."""
+    """DeepSpeed's own JSON file; its "auto" values are filled from the options, contradictions are refused. auto: what
+    configs/deepspeed/zero1.json holds, or zero0.json for fp32 on one data-parallel rank, which leaves ZeRO nothing to
+    shard."""
 
 
 def round_up(value: int, multiple: int) -> int:

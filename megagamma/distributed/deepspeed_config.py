@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megagamma.config.rules import deepspeed_file, read_deepspeed_json, zero_stage
+from megagamma.config.deepspeed import deepspeed_values, zero_stage
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 
@@ -33,7 +33,7 @@ def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[st
     Raises:
         ConfigurationError: a value of the file that contradicts a knob.
     """
-    values = copy.deepcopy(read_deepspeed_json(deepspeed_file(config, data_size, bf16)))
+    values = copy.deepcopy(deepspeed_values(config, data_size, bf16))
     for section, knob in _OURS.items():
         if values.get(section, {}) and values[section].get("enabled", True):
             raise ConfigurationError(

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megagamma.config.rules import zero_stage
+from megagamma.config.deepspeed import zero_stage
 from megagamma.config.schema import Config
 from megagamma.data.contracts import Batch, EvaluationSet
 from megagamma.distributed.compat import deepspeed as compat

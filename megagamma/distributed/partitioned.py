@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megagamma.config.rules import zero_stage
+from megagamma.config.deepspeed import zero_stage
 from megagamma.config.schema import Config
 from megagamma.distributed.compat.deepspeed import import_deepspeed
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config

@@ -42,7 +42,7 @@ def _drawn(run: Path | None) -> list[str]:
     roles = _known(run, "init_report.json").get("roles", [])
     if not roles:
         return []
-    lines = ["", "| role | asked std | measured std |", "|---|---|---|"]
+    lines = ["", "| role | target std | measured std |", "|---|---|---|"]
     return lines + [f"| {row['role']} | {row['asked_std']:.4e} | {row['measured_std']:.4e} |" for row in roles]
 
 
@@ -57,10 +57,9 @@ def model_card(
         run: folder of the run, or None.
     """
     init, model = config.init, config.model
-    exponents = {role: getattr(init, role) for role in ROLES if getattr(init, role) is not None}
     drawn = f"std = d_in^-gamma, gamma {init.gamma:g}" if init.scheme == "gamma" else f"scheme {init.scheme}"
-    if exponents:
-        drawn += ", but " + ", ".join(f"{role} {value:g}" for role, value in exponents.items())
+    if init.exponents:
+        drawn += ", but " + ", ".join(f"{role} {init.exponents[role]:g}" for role in ROLES if role in init.exponents)
     trust = ", trust_remote_code=True" if target.code else ""
     lines = [
         "---",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megagamma.checkpoint.reader import CheckpointReader, verify
 from megagamma.checkpoint.safetensors_writer import DTYPES, ShardWriter
 from megagamma.config.io import from_dict
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config
 from megagamma.data.preparation.prepare import embedded_settings
 from megagamma.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from megagamma.checkpoint.reader import FORMAT_VERSION, folder_name
 from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.config.io import as_dict, save_config
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, DataConfig, RunConfig
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError

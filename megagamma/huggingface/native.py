@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megagamma.checkpoint.reader import CheckpointReader
 from megagamma.config.io import from_dict
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, ParallelConfig
 from megagamma.errors import MegagammaError
 

@@ -1,4 +1,4 @@
-"""What was asked and what was really drawn: a table per matrix and per role, and the norms' saturation."""
+"""Target and measured std: a table per matrix and per role, and the norms' saturation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from megagamma.config.schema import ROLES, InitConfig, ModelConfig
 from megagamma.errors import InitializationError
-from megagamma.initialization.gamma import attenuation, effective_gamma, relative_standard_error
+from megagamma.initialization.gamma import attenuation, effective_gamma
+from megagamma.initialization.streams import truncated_variance
 
 # Input of a norm this many times sqrt(epsilon) or less is called saturated: attenuation 0.995 [INF].
 SATURATION_FACTOR = 10.0
@@ -37,13 +38,14 @@ class Moments:
 
 @dataclass
 class MatrixReport:
-    """One logical matrix, or one role, as asked and as measured."""
+    """One logical matrix, or one role: target and measured."""
 
     name: str
     role: str
     shape: list[int]
     d_in: int
     asked_std: float
+    """The target."""
     measured_std: float
     measured_mean: float
     count: int
@@ -52,23 +54,47 @@ class MatrixReport:
 
 
 def measure(
-    name: str, role: str, shape: tuple[int, ...], d_in: int, asked: float, moments: Moments, init: InitConfig
+    name: str, role: str, shape: tuple[int, ...], d_in: int, target: float, moments: Moments, init: InitConfig
 ) -> MatrixReport:
-    """Compare a matrix's measured moments with the asked std.
+    """Compare a matrix's measured moments with the target std.
 
     Returns:
         The report; `z` is the worse of the std's and the mean's distance in standard errors, signed.
     """
-    z_std = (moments.std / asked - 1.0) / relative_standard_error(moments.count, init)
-    z_mean = moments.mean / (asked / math.sqrt(max(moments.count, 1)))
+    z_std = (moments.std / target - 1.0) / relative_standard_error(moments.count, init)
+    z_mean = moments.mean / (target / math.sqrt(max(moments.count, 1)))
     z = z_std if abs(z_std) >= abs(z_mean) else z_mean
     return MatrixReport(
-        name, role, list(shape), d_in, asked, moments.std, moments.mean, moments.count, z, effective_gamma(asked, d_in)
+        name,
+        role,
+        list(shape),
+        d_in,
+        target,
+        moments.std,
+        moments.mean,
+        moments.count,
+        z,
+        effective_gamma(target, d_in),
     )
 
 
+def truncated_kurtosis(cut: float) -> float:
+    """Kurtosis of a standard normal truncated at +-cut: m4 / m2^2 with m4 = 3 m2 - cut^2 (1 - m2).
+
+    From m4 = 3 m2 - 2 cut^3 phi / P and m2 = 1 - 2 cut phi / P, with phi the density at the cut and P the mass within.
+    """
+    m2 = truncated_variance(cut)
+    return (3.0 * m2 - cut * cut * (1.0 - m2)) / (m2 * m2)
+
+
+def relative_standard_error(count: int, init: InitConfig) -> float:
+    """Standard error of a measured std, over the std, for `count` draws: sqrt((kurtosis - 1) / (4 count))."""
+    kurtosis = 3.0 if init.distribution == "normal" else truncated_kurtosis(init.truncate_at)
+    return math.sqrt((kurtosis - 1.0) / (4.0 * max(count, 1)))
+
+
 def by_role(matrices: Iterable[MatrixReport], init: InitConfig) -> list[MatrixReport]:
-    """One row per role (and asked std), its matrices pooled, in the order of `ROLES`."""
+    """One row per role (and target std), its matrices pooled, in the order of `ROLES`."""
     pooled: dict[tuple[str, float], tuple[MatrixReport, Moments, int]] = {}
     for matrix in matrices:
         key = (matrix.role, matrix.asked_std)
@@ -80,16 +106,16 @@ def by_role(matrices: Iterable[MatrixReport], init: InitConfig) -> list[MatrixRe
         else:
             pooled[key] = (matrix, moments, 1)
     rows = []
-    for (role, asked), (first, moments, number) in pooled.items():
+    for (role, target), (first, moments, number) in pooled.items():
         shape = tuple(first.shape)
-        rows.append(measure(f"{number} x {role}", role, shape, first.d_in, asked, moments, init))
+        rows.append(measure(f"{number} x {role}", role, shape, first.d_in, target, moments, init))
     order = {role: index for index, role in enumerate(ROLES)}
     return sorted(rows, key=lambda row: order.get(row.role, len(order)))
 
 
 def table(rows: list[MatrixReport]) -> str:
     """The report as text, one line per row."""
-    lines = [f"{'matrices':<22}{'shape':>18}{'d_in':>8}{'gamma':>8}{'asked std':>13}{'measured':>13}{'z':>8}"]
+    lines = [f"{'matrices':<22}{'shape':>18}{'d_in':>8}{'gamma':>8}{'target std':>13}{'measured':>13}{'z':>8}"]
     for row in rows:
         shape = "x".join(str(size) for size in row.shape)
         lines.append(
@@ -100,7 +126,7 @@ def table(rows: list[MatrixReport]) -> str:
 
 
 def check(matrices: Iterable[MatrixReport], max_z: float) -> None:
-    """Refuse weights that were not drawn as asked.
+    """Refuse weights that were not drawn with their target std.
 
     Raises:
         InitializationError: naming the worst matrix, when any |z| exceeds `max_z`.
@@ -108,9 +134,9 @@ def check(matrices: Iterable[MatrixReport], max_z: float) -> None:
     worst = max(matrices, key=lambda matrix: abs(matrix.z) if math.isfinite(matrix.z) else math.inf, default=None)
     if worst is not None and not abs(worst.z) <= max_z:
         raise InitializationError(
-            f"{worst.name}: asked std {worst.asked_std:.4e}, measured {worst.measured_std:.4e} with mean "
-            f"{worst.measured_mean:.2e}, z = {worst.z:.1f} beyond init.max_z={max_z:g}: the weights are not what was "
-            "asked for; the run does not start"
+            f"{worst.name}: target std {worst.asked_std:.4e}, measured {worst.measured_std:.4e} with mean "
+            f"{worst.measured_mean:.2e}, z = {worst.z:.1f} beyond init.max_z={max_z:g}: the weights are not those "
+            "of the config; the run does not start"
         )
 
 
@@ -135,7 +161,7 @@ def norm_saturation(model: ModelConfig, stds: dict[str, float]) -> list[NormSatu
 
     Args:
         model: width, epsilon and q/k-norm of the model.
-        stds: asked std per role; needs embedding, query and key.
+        stds: target std per role; needs embedding, query and key.
     """
     epsilon = model.norm_epsilon
     rows = []

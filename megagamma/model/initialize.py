@@ -1,4 +1,4 @@
-"""The initialization hook: fills a built model through the map, and measures what it drew."""
+"""Fills a built model with its initial weights through the map, and measures what was drawn."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from megagamma.config.schema import Config
-from megagamma.initialization.gamma import ModelShape, target_std
+from megagamma.initialization.gamma import ModelShape, d_in, target_std
 from megagamma.initialization.report import MatrixReport, Moments, measure
 from megagamma.initialization.streams import normal_
-from megagamma.model.parameters import MappedTensor, ParameterMap, Part, d_in
+from megagamma.model.parameters import LogicalParameter, MappedTensor, ParameterMap, Part
 
 
 def part_std(part: Part, config: Config) -> float:
-    """Asked std of the matrix that a part belongs to."""
+    """Target std of the matrix that a part belongs to."""
+    return parameter_std(part.logical, config)[1]
+
+
+def parameter_std(logical: LogicalParameter, config: Config) -> tuple[int, float]:
+    """d_in and target std of a logical matrix."""
     shape = ModelShape(config.model.hidden_size, config.model.num_layers)
-    fan = d_in(part.logical, config.model, config.init.residual_fan_in)
-    return target_std(config.init, part.logical.role, fan, shape)
+    inputs = d_in(logical.role, logical.shape, config.model.hidden_size, config.init.residual_fan_in)
+    return inputs, target_std(config.init, logical.role, inputs, shape)
 
 
 def draw(tensor: MappedTensor, out: Tensor, config: Config) -> None:
@@ -83,7 +88,7 @@ def fill(
 def report_drawn(
     drawn: dict[str, Moments], config: Config, gather: Callable[[dict[str, Moments]], list[dict[str, Moments]]]
 ) -> list[MatrixReport]:
-    """Compare what all ranks of the model drew with what was asked.
+    """Compare what all ranks of the model drew with the target stds.
 
     Args:
         drawn: this rank's moments from `fill`.
@@ -100,12 +105,12 @@ def report_drawn(
     for one in gather(drawn):
         for name, found in one.items():
             total[name] = total.get(name, Moments()) + found
-    shape = ModelShape(config.model.hidden_size, config.model.num_layers)
     reports = []
     for logical in logical_parameters(config.model):
         if logical.role == "norm":
             continue
-        fan = d_in(logical, config.model, config.init.residual_fan_in)
-        asked = target_std(config.init, logical.role, fan, shape)
-        reports.append(measure(logical.name, logical.role, logical.shape, fan, asked, total[logical.name], config.init))
+        inputs, target = parameter_std(logical, config)
+        reports.append(
+            measure(logical.name, logical.role, logical.shape, inputs, target, total[logical.name], config.init)
+        )
     return reports

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from megagamma.config.schema import ModelConfig, padded_vocab_size
-from megagamma.initialization.gamma import fan_in
 
 Rows = tuple[int, int]
 
@@ -121,11 +120,6 @@ def logical_parameters(model: ModelConfig) -> list[LogicalParameter]:
     if "head" in outer:
         found.append(outer["head"])
     return found
-
-
-def d_in(parameter: LogicalParameter, model: ModelConfig, residual_fan_in: str) -> int:
-    """Fan-in of a logical matrix, see `megagamma.initialization.gamma.fan_in`."""
-    return fan_in(parameter.role, parameter.shape, model.hidden_size, residual_fan_in)  # type: ignore[arg-type]
 
 
 def _parts_of_split(logical: LogicalParameter, rank: int, size: int, first_row: int = 0) -> Part:

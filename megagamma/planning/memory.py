@@ -11,9 +11,11 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from megagamma.config.rules import deepspeed_file, layout, read_deepspeed_json, validate, zero_stage
+from megagamma.config.deepspeed import deepspeed_values, zero_stage
+from megagamma.config.resolve import planned_dtype, validate
+from megagamma.config.rules import data_parallel_size
 from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.errors import ConfigurationError
 from megagamma.model.parameters import layer_parameters, outer_parameters
@@ -267,26 +269,18 @@ def stage_memory(
     )  # fmt: skip
 
 
-def planned_dtype(config: Config, data_size: int) -> str:
-    """fp32 or bf16. `auto` is taken as on a GPU, where memory is short, unless run.device is cpu."""
-    dtype = config.precision.dtype
-    if dtype == "auto":
-        dtype = "fp32" if config.run.device == "cpu" else "bf16"
-    values = read_deepspeed_json(deepspeed_file(config, data_size, dtype == "bf16"))
-    return dtype if zero_stage(values) else "fp32"  # ZeRO 0 keeps no master weights
-
-
 def plan(config: Config, world_size: int) -> MemoryPlan:
-    """What every rank of a run will need.
+    """What every rank of a run will need. The device is taken as a GPU, where memory is short, unless run.device is cpu.
 
     Args:
         config: resolved and validated for `world_size`, vocabulary known.
         world_size: number of processes.
     """
-    data_size = layout(config, world_size)
-    dtype = planned_dtype(config, data_size)
-    values = read_deepspeed_json(deepspeed_file(config, data_size, dtype == "bf16"))
-    device, dtype_bytes = "cpu" if config.run.device == "cpu" else "cuda", 2 if dtype == "bf16" else 4
+    data_size = data_parallel_size(config, world_size)
+    device: Literal["cpu", "cuda"] = "cpu" if config.run.device == "cpu" else "cuda"
+    dtype = planned_dtype(config, data_size, device)
+    values = deepspeed_values(config, data_size, dtype == "bf16")
+    dtype_bytes = 2 if dtype == "bf16" else 4
     stages = [
         stage_memory(config, stage, data_size, dtype_bytes, values, device) for stage in range(config.parallel.pipeline)
     ]
@@ -322,7 +316,6 @@ def nearest_fit(config: Config, world_size: int) -> tuple[dict[str, Any], float]
     assert limit is not None
     for changes in _choices(config, world_size, plan(config, world_size).zero_stage):
         other = copy.deepcopy(config)
-        other.parallel.memory_gib = None
         for name, value in changes.items():
             section, _, key = name.rpartition(".")
             setattr(getattr(other, section) if section else other, key, value)

@@ -1,6 +1,6 @@
-"""A model looked at before it is built: what initialization asks for and draws, and what the model costs.
+"""A model looked at before it is built: what initialization would draw, and what the model costs.
 
-The numbers are measured on a sample that is really drawn, by the hook that fills real models, from the
+The numbers are measured on a sample that is really drawn, by the code that fills real models, from the
 streams that a run of this config draws. Nothing of the model's size is allocated.
 """
 
@@ -13,42 +13,39 @@ from typing import Any
 import torch
 
 from megagamma.config.schema import ROLES, Config, InitConfig
-from megagamma.initialization.gamma import ModelShape, exponent, target_std
+from megagamma.initialization.gamma import SCHEMES, exponent
 from megagamma.initialization.report import MatrixReport, Moments, measure, norm_saturation
-from megagamma.model.initialize import draw, moments, part_std
-from megagamma.model.parameters import LogicalParameter, MappedTensor, Part, d_in, logical_parameters
+from megagamma.model.initialize import draw, moments, parameter_std
+from megagamma.model.parameters import LogicalParameter, MappedTensor, Part, logical_parameters
 from megagamma.planning.flops import flops_per_token, parameter_counts, tokens_for_budget
 from megagamma.planning.memory import plan
 
 SAMPLE_ELEMENTS = 1 << 22  # per role: standard error of the std 0.035 %, and a few seconds for all roles
 
-# Columns of the comparison: name, and the fields of `InitConfig` that make it.
-SCHEMES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("gamma 1", {"scheme": "gamma", "gamma": 1.0}),
-    ("gamma 0.5", {"scheme": "gamma", "gamma": 0.5}),
-    ("fixed 0.02", {"scheme": "fixed", "std": 0.02}),
-    ("fixed_depth", {"scheme": "fixed_depth", "std": 0.02}),
-    ("deepseek", {"scheme": "deepseek"}),
-    ("inverse_sqrt", {"scheme": "inverse_sqrt"}),
-    ("megatron", {"scheme": "megatron"}),
-    ("neox_small", {"scheme": "neox_small"}),
-)
+# Columns of the comparison: name, and the fields of `InitConfig` that make it. The method at two exponents, then the
+# baselines, those with a free std at the usual 0.02.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "gamma 1": {"scheme": "gamma", "gamma": 1.0},
+    "gamma 0.5": {"scheme": "gamma", "gamma": 0.5},
+    "fixed 0.02": {"scheme": "fixed", "std": 0.02},
+    **{name: {"scheme": name, "std": 0.02} for name in SCHEMES if name not in ("gamma", "fixed")},
+}
 
 
 @dataclass
 class SampledRow:
-    """A matrix, or all matrices of a role, as asked and as measured on a sample."""
+    """A matrix, or all matrices of a role: target, and what was measured on a sample."""
 
     report: MatrixReport
     """`count` is the number of elements drawn; `gamma` is the effective one, depth factor included."""
     matrices: int
     """Matrices that the row stands for."""
     gamma: float | None
-    """The exponent asked for; None where the scheme has none."""
+    """The scheme's exponent; None where it has none."""
 
 
-def asked_gamma(init: InitConfig, role: str) -> float | None:
-    """The exponent that a scheme asks for, before the depth factor; None where it asks for a std."""
+def target_gamma(init: InitConfig, role: str) -> float | None:
+    """The exponent of a scheme, before the depth factor; None where it has none."""
     return {"gamma": exponent(init, role), "inverse_sqrt": 0.5}.get(init.scheme)
 
 
@@ -60,15 +57,15 @@ def _strip(logical: LogicalParameter, elements: int, from_end: bool) -> Part:
 
 
 def _draw(part: Part, config: Config) -> Moments:
-    """Moments of a part, drawn as the hook draws it into a real model."""
+    """Moments of a part, drawn as into a real model."""
     out = torch.empty(part.shape, dtype=torch.float32)
-    # The hook reads no more of a mapped tensor than its parts.
+    # `draw` reads no more of a mapped tensor than its parts.
     draw(MappedTensor("", None, part.shape, (part,)), out, config)  # type: ignore[arg-type]
     return moments(out)
 
 
 def sample_rows(config: Config, by_matrix: bool = False, elements: int = SAMPLE_ELEMENTS) -> list[SampledRow]:
-    """Asked and measured std per role, or per matrix.
+    """Target and measured std per role, or per matrix.
 
     Args:
         config: resolved, vocabulary known.
@@ -95,27 +92,25 @@ def sample_rows(config: Config, by_matrix: bool = False, elements: int = SAMPLE_
             groups = [(f"{len(matrices)} x {role}", len(matrices), ends)]
         for name, number, parts in groups:
             total = sum((_draw(part, config) for part in parts), Moments())
-            fan = d_in(matrices[0], config.model, config.init.residual_fan_in)
-            asked = part_std(parts[0], config)
-            report = measure(name, role, matrices[0].shape, fan, asked, total, config.init)
-            rows.append(SampledRow(report, number, asked_gamma(config.init, role)))
+            inputs, target = parameter_std(matrices[0], config)
+            report = measure(name, role, matrices[0].shape, inputs, target, total, config.init)
+            rows.append(SampledRow(report, number, target_gamma(config.init, role)))
     return rows
 
 
 def compare_schemes(config: Config) -> dict[str, dict[str, float]]:
-    """Asked std by role for this config's own init and for every scheme of `SCHEMES`.
+    """Target std by role for this config's own init and for every one of `COLUMNS`.
 
     The schemes take the config's init.depth_scale and init.residual_fan_in, but no exponents of single roles.
     """
-    single: dict[str, Any] = dict.fromkeys(ROLES)
     inits = {"this config": config.init}
-    inits |= {name: dataclasses.replace(config.init, **single, **fields) for name, fields in SCHEMES}
-    shape = ModelShape(config.model.hidden_size, config.model.num_layers)
+    inits |= {name: dataclasses.replace(config.init, exponents={}, **fields) for name, fields in COLUMNS.items()}
     first = {logical.role: logical for logical in reversed(logical_parameters(config.model))}
     result: dict[str, dict[str, float]] = {}
     for role in (role for role in ROLES if role in first):
-        fan = d_in(first[role], config.model, config.init.residual_fan_in)
-        result[role] = {name: target_std(init, role, fan, shape) for name, init in inits.items()}
+        result[role] = {
+            name: parameter_std(first[role], dataclasses.replace(config, init=init))[1] for name, init in inits.items()
+        }
     return result
 
 
@@ -154,7 +149,7 @@ def inspect(config: Config, world_size: int, by_matrix: bool = False, compare: b
         config: resolved and validated for `world_size`, vocabulary known.
         world_size: number of processes.
         by_matrix: one row of the initialization table per matrix.
-        compare: also the asked stds of every scheme.
+        compare: also the target stds of every scheme.
     """
     rows = sample_rows(config, by_matrix)
     stds = {row.report.role: row.report.asked_std for row in rows}

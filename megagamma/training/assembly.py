@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from megagamma.config.resolve import planned_dtype
 from megagamma.config.schema import Config
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.partitioned import building
@@ -18,14 +19,12 @@ from megagamma.model.parameters import ParameterMap
 from megagamma.training.optimizer import parameter_groups
 
 
-def choose_dtype(config: Config, device: torch.device) -> tuple[torch.dtype, str | None]:
+def choose_dtype(config: Config, runtime: Runtime) -> tuple[torch.dtype, str | None]:
     """`precision.dtype` as a dtype, and a warning with the measured ratio for bf16 on a CPU."""
-    wanted = config.precision.dtype
-    if wanted == "auto":
-        wanted = "bf16" if device.type == "cuda" else "fp32"
-    if wanted == "fp32":
+    kind: Literal["cpu", "cuda"] = "cuda" if runtime.device.type == "cuda" else "cpu"
+    if planned_dtype(config, runtime.data_size, kind) == "fp32":
         return torch.float32, None
-    if device.type == "cuda":
+    if kind == "cuda":
         return torch.bfloat16, None
     ratio = matmul_speed(torch.bfloat16) / matmul_speed(torch.float32)
     advice = "use --precision.dtype fp32" if ratio < 1 else "which loses precision against fp32"
@@ -60,7 +59,7 @@ def fresh_engine(config: Config, runtime: Runtime) -> Engine:
         config: resolved and validated, vocabulary known.
         runtime: this process, its groups formed.
     """
-    dtype, _warning = choose_dtype(config, runtime.device)
+    dtype, _warning = choose_dtype(config, runtime)
     chunks, parameter_map = build(config, runtime, dtype)
     fill(parameter_map, config, partition_writer(runtime))
     return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))

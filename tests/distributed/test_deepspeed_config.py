@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megagamma.config.deepspeed import built_in, deepspeed_values, read_deepspeed_json, zero_stage
 from megagamma.config.io import parse_config
-from megagamma.config.rules import deepspeed_file, read_deepspeed_json, zero_stage
 from megagamma.config.schema import Config
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.errors import ConfigurationError
@@ -69,11 +69,15 @@ def test_bf16_without_zero_is_refused() -> None:
     ("ranks", "bf16", "file"),
     [(1, False, "zero0.json"), (1, True, "zero1.json"), (2, False, "zero1.json"), (2, True, "zero1.json")],
 )
-def test_auto_file(ranks: int, bf16: bool, file: str) -> None:
+def test_auto_file(tmp_path: Path, ranks: int, bf16: bool, file: str) -> None:
     config = parse_config(SMOKE)
-    assert deepspeed_file(config, ranks, bf16) == f"configs/deepspeed/{file}"
-    config.deepspeed_config = "mine.json"
-    assert deepspeed_file(config, ranks, bf16) == "mine.json"
+    assert deepspeed_values(config, ranks, bf16) == read_deepspeed_json(f"configs/deepspeed/{file}")
+    assert deepspeed_values(with_json(tmp_path, {"mine": 1}), ranks, bf16) == {"mine": 1}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_built_in_values_are_those_of_the_files(stage: int) -> None:
+    assert built_in(stage) == read_deepspeed_json(f"configs/deepspeed/zero{stage}.json")
 
 
 def test_shipped_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

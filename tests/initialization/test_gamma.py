@@ -1,23 +1,26 @@
 """The rule and the baselines: closed formulas, fan-ins, conversions, and the table of effective exponents."""
 
 import math
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from megagamma.config.schema import ROLES, InitConfig, ModelConfig, resolve_model
 from megagamma.initialization.gamma import (
+    SCHEMES,
     ModelShape,
     attenuation,
+    d_in,
     effective_gamma,
     exponent,
-    fan_in,
-    relative_standard_error,
+    scheme_table,
     target_std,
-    truncated_moments,
 )
-from megagamma.initialization.report import norm_saturation
-from megagamma.model.parameters import d_in, logical_parameters
+from megagamma.initialization.report import norm_saturation, relative_standard_error, truncated_kurtosis
+from megagamma.initialization.streams import truncated_variance
+from megagamma.model.parameters import logical_parameters
 
 LAYERS, WIDTH = 6, 48
 SHAPE = ModelShape(WIDTH, LAYERS)
@@ -66,8 +69,17 @@ def test_unknown_scheme_is_refused():
         std("query", scheme="xavier")
 
 
+def test_the_config_offers_the_schemes_of_the_table():
+    assert get_args(get_type_hints(InitConfig)["scheme"]) == tuple(SCHEMES)
+
+
+def test_the_docs_show_the_table():
+    """docs/initialization.md holds what `scheme_table()` returns."""
+    assert scheme_table() in (Path(__file__).parents[2] / "docs" / "initialization.md").read_text()
+
+
 def test_exponent_of_a_role_stands_in_for_the_global_one():
-    init = InitConfig(gamma=0.8, embedding=0.0, query=1.25)
+    init = InitConfig(gamma=0.8, exponents={"embedding": 0.0, "query": 1.25})
     assert [exponent(init, role) for role in ("embedding", "query", "key")] == [0.0, 1.25, 0.8]
     assert target_std(init, "embedding", WIDTH, SHAPE) == 1.0
     assert target_std(init, "query", WIDTH, SHAPE) == pytest.approx(48**-1.25)
@@ -88,26 +100,26 @@ def model(request):
 
 
 @pytest.mark.parametrize("residual_fan_in", ["d_in", "hidden"])
-def test_fan_in_of_every_matrix(model, residual_fan_in):
+def test_d_in_of_every_matrix(model, residual_fan_in):
     expected = dict.fromkeys(ROLES, 48)  # the embedding's too: its width, not the vocabulary
     if residual_fan_in == "d_in":
         expected |= {"attention_output": 4 * 20, "mlp_down": 128}
     found = {}
     for logical in logical_parameters(model):
         if logical.role != "norm":
-            found.setdefault(logical.role, set()).add(d_in(logical, model, residual_fan_in))
+            found.setdefault(logical.role, set()).add(d_in(logical.role, logical.shape, WIDTH, residual_fan_in))
     if model.attention_gate == "none":
         del expected["gate"]
     assert found == {role: {fan} for role, fan in expected.items()}
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.75, 1.0])
-def test_shrunken_key_and_value_heads_keep_their_fan_in(model, gamma):
+def test_shrunken_key_and_value_heads_keep_their_d_in(model, gamma):
     stds = {}
     for logical in logical_parameters(model):
         if logical.role != "norm":
-            fan = fan_in(logical.role, logical.shape, WIDTH, "d_in")
-            stds[logical.role] = target_std(InitConfig(gamma=gamma), logical.role, fan, SHAPE)
+            inputs = d_in(logical.role, logical.shape, WIDTH, "d_in")
+            stds[logical.role] = target_std(InitConfig(gamma=gamma), logical.role, inputs, SHAPE)
     assert stds["query"] == stds["key"] == stds["value"] == stds["embedding"] == stds["head"] == 48.0**-gamma
     assert stds["attention_output"] == pytest.approx(80.0**-gamma / math.sqrt(12))
     assert stds["mlp_down"] == pytest.approx(128.0**-gamma / math.sqrt(12))
@@ -154,13 +166,13 @@ def test_std_of_an_exponent_by_width(gamma):
 
 
 @pytest.mark.parametrize("cut", [0.5, 1.0, 2.0, 3.0, 5.0])
-def test_truncated_moments_against_an_integral(cut):
+def test_truncated_variance_and_kurtosis_against_an_integral(cut):
     z = np.linspace(-cut, cut, 400_001)
     density = np.exp(-0.5 * z * z)
     mass = np.trapezoid(density, z)
     m2 = np.trapezoid(z**2 * density, z) / mass
     m4 = np.trapezoid(z**4 * density, z) / mass
-    variance, kurtosis = truncated_moments(cut)
+    variance, kurtosis = truncated_variance(cut), truncated_kurtosis(cut)
     assert variance == pytest.approx(m2, rel=1e-8)
     assert kurtosis == pytest.approx(m4 / m2**2, rel=1e-8)
 
@@ -197,12 +209,10 @@ def test_attenuation_table(key):
     gamma, epsilon = key
     for width, text in zip(ATTENUATION_WIDTHS, ATTENUATION[key], strict=True):
         decimals = len(text.partition(".")[2])
-        asked = target_std(InitConfig(gamma=gamma), "embedding", width, ModelShape(width, 4))
-        assert f"{attenuation(asked, epsilon):.{decimals}f}" == f"{float(text):.{decimals}f}"
-        rows = norm_saturation(
-            ModelConfig(hidden_size=width, norm_epsilon=epsilon, qk_norm=False), {"embedding": asked}
-        )
-        assert [row.attenuation for row in rows] == [attenuation(asked, epsilon)]
+        std = target_std(InitConfig(gamma=gamma), "embedding", width, ModelShape(width, 4))
+        assert f"{attenuation(std, epsilon):.{decimals}f}" == f"{float(text):.{decimals}f}"
+        rows = norm_saturation(ModelConfig(hidden_size=width, norm_epsilon=epsilon, qk_norm=False), {"embedding": std})
+        assert [row.attenuation for row in rows] == [attenuation(std, epsilon)]
 
 
 @pytest.mark.parametrize(("epsilon", "width"), [(1e-5, 316), (1e-6, 1000), (1e-8, 10_000), (1e-12, 1_000_000)])

@@ -63,7 +63,7 @@ def test_a_wrong_std_is_caught(factor):
     rows = [row(drawn(1e-3), 1e-3), row(drawn(factor * 1e-3, name="bad"), 1e-3, name="bad")]
     assert abs(rows[0].z) < 4
     assert math.copysign(1, rows[1].z) == math.copysign(1, factor - 1)
-    with pytest.raises(InitializationError, match=r"bad: asked std 1\.0000e-03, measured .* beyond init\.max_z=6"):
+    with pytest.raises(InitializationError, match=r"bad: target std 1\.0000e-03, measured .* beyond init\.max_z=6"):
         check(rows, 6.0)
 
 

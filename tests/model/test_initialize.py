@@ -14,7 +14,7 @@ ARGUMENTS = [
 
 
 def drawn(arguments: list[str], factor: float = 1.0) -> list[tuple[str, str, float, float, float]]:
-    """(name, role, asked std, std measured from the model's own tensors, reported z) of every matrix.
+    """(name, role, target std, std measured from the model's own tensors, reported z) of every matrix.
 
     Args:
         factor: multiplies one matrix's weights after the draw, and before the report, as a fault would.
@@ -83,7 +83,7 @@ def test_overrides_reach_their_role_only(one_rank: RankPool) -> None:
         assert asked == pytest.approx(fan ** -(0.5 if role == "query" else 1.0))
 
 
-def test_truncated_draws_have_the_asked_std(one_rank: RankPool) -> None:
+def test_truncated_draws_have_the_target_std(one_rank: RankPool) -> None:
     found = one_rank.run(drawn, ["--init.distribution", "truncated", "--init.truncate_at", "2"])[0]
     assert max(abs(z) for *_, z in found) < 6
 

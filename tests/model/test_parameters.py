@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megagamma.config.schema import ROLES, ModelConfig, resolve_model
+from megagamma.initialization.gamma import d_in
 from megagamma.model.parameters import (
     MappedTensor,
     ParameterMap,
     Part,
-    d_in,
     layer_parameters,
     logical_parameters,
     outer_parameters,
@@ -187,11 +187,12 @@ def test_names_are_those_of_a_stock_model():
     assert ours == {name: tuple(parameter.shape) for name, parameter in stock.named_parameters()}
 
 
-def test_fan_in_follows_the_flag():
+def test_d_in_follows_the_flag():
     layer = layer_parameters(build(), 0)
-    assert d_in(layer["o"], build(), "d_in") == HEADS * HEAD_DIM
-    assert d_in(layer["o"], build(), "hidden") == HIDDEN
-    assert d_in(outer_parameters(build())["embedding"], build(), "d_in") == HIDDEN
+    assert d_in(layer["o"].role, layer["o"].shape, HIDDEN, "d_in") == HEADS * HEAD_DIM
+    assert d_in(layer["o"].role, layer["o"].shape, HIDDEN, "hidden") == HIDDEN
+    embedding = outer_parameters(build())["embedding"]
+    assert d_in(embedding.role, embedding.shape, HIDDEN, "d_in") == HIDDEN
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from support.shapes import small
 
 from megagamma.config.io import load_config
-from megagamma.config.rules import resolve, validate
+from megagamma.config.resolve import resolve, validate
 from megagamma.planning import flops as cost
 from megagamma.planning.flops import (
     flops_per_token,

@@ -10,7 +10,7 @@ from support.ranks import RankPool
 from support.shapes import small
 
 from megagamma.config.io import parse_config
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 from megagamma.planning.flops import parameter_counts
@@ -159,7 +159,7 @@ def test_recomputation_and_sequence_parallelism_save_activations():
 AUTOGRAD = """
 import sys, torch
 from megagamma.config.schema import Config, ModelConfig
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.distributed.runtime import Runtime
 from megagamma.model.gpt import build_model
 
@@ -247,7 +247,9 @@ def of_7b(*more, micro=1):
     """Llama-2-7B's shape with a gate, on 8 ranks of a GPU machine."""
     knobs = ["--config", "configs/model/7b.yaml", "--data.corpus", "tiny", "--model.vocab_size", "32000"]
     knobs += ["--data.global_batch_size", "64", "--data.micro_batch_size", str(micro)]
-    return parse_config([*knobs, *more], world_size=8)
+    config = parse_config([*knobs, *more], world_size=8)
+    check_fits(config, 8)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -312,9 +314,12 @@ def test_an_unknown_vocabulary_refuses_only_what_no_vocabulary_would_save(monkey
     least = plan(known, 8).worst.device_bytes / GIB
     knobs = ["--config", "configs/model/7b.yaml", "--data.corpus", "tiny", "--data.micro_batch_size", "1"]
     knobs += ["--data.global_batch_size", "64"]
-    assert parse_config([*knobs, "--parallel.memory_gib", str(least + 0.01)], world_size=8).model.vocab_size is None
+    accepted = parse_config([*knobs, "--parallel.memory_gib", str(least + 0.01)], world_size=8)
+    check_fits(accepted, 8)
+    assert accepted.model.vocab_size is None
+    refused = parse_config([*knobs, "--parallel.memory_gib", str(least - 0.01)], world_size=8)
     with pytest.raises(ConfigurationError, match="GiB"):
-        parse_config([*knobs, "--parallel.memory_gib", str(least - 0.01)], world_size=8)
+        check_fits(refused, 8)
 
 
 def test_a_bucket_size_that_is_no_number_is_named():

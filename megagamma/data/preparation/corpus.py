@@ -31,6 +31,11 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
 TINY_DOCUMENTS = 48
+_EMPTY_ARCHIVE = 4096  # bytes: a compressed file of nothing has some 20, and its name
+
+
+class EmptyFileError(DataError):
+    """A file without text, which is left out where there are others."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,11 @@ class Shard:
 def list_shards(source: Source, shard_bytes: int = 4 << 20) -> list[Shard]:
     """List the shards of `source` in document order, cutting large files every `shard_bytes` bytes or so.
 
+    Empty files are left out, see `count_empty_files`.
+
     Raises:
         ConfigurationError: not exactly one kind of source, an unknown corpus or format.
-        DataError: a missing path, a glob or folder without files, an empty file, an unknown data set or
+        DataError: a missing path, a glob or folder without files, only empty files, an unknown data set or
             split.
     """
     given = [name for name in ("corpus", "inputs", "hf_dataset") if getattr(source, name)]
@@ -122,10 +129,28 @@ def list_shards(source: Source, shard_bytes: int = 4 << 20) -> list[Shard]:
         raise ConfigurationError(f"source.format: {source.format!r} is unknown: use txt, jsonl, json or parquet")
     if source.document_separator == "":
         raise ConfigurationError("source.document_separator: '' is empty: use 'blank-line', a string, or leave it out")
-    shards = []
-    for path in _expand(source.inputs, any_extension=source.format is not None):
-        shards.extend(_file_shards(path, source, shard_bytes))
+    shards, empty = _input_shards(source, shard_bytes)
+    if empty and not shards:
+        if len(empty) > 1:
+            raise DataError(f"inputs: all {len(empty)} files are empty ({empty[0]}): give a file with text")
+        raise empty[0]
     return shards
+
+
+def count_empty_files(source: Source) -> int:
+    """Number of files of `inputs` that `list_shards` leaves out: without a byte, also decompressed, or without a row."""
+    return len(_input_shards(source, 4 << 20)[1]) if source.inputs else 0
+
+
+def _input_shards(source: Source, shard_bytes: int) -> tuple[list[Shard], list[EmptyFileError]]:
+    """Shards of the files behind `inputs`, and what is wrong with the files that are empty."""
+    shards, empty = [], []
+    for path in _expand(source.inputs, any_extension=source.format is not None):
+        try:
+            shards.extend(_file_shards(path, source, shard_bytes))
+        except EmptyFileError as error:
+            empty.append(error)
+    return shards, empty
 
 
 def group_shards(shards: list[Shard], part_bytes: int) -> list[list[Shard]]:
@@ -213,7 +238,7 @@ def _file_shards(path: str, source: Source, shard_bytes: int) -> list[Shard]:
     except OSError as error:
         raise DataError(f"inputs: '{path}' cannot be read: {error.strerror}: check its permissions") from error
     if status.st_size == 0:
-        raise DataError(f"inputs: '{path}' is empty (0 bytes): remove it or give a file with text")
+        raise EmptyFileError(f"inputs: '{path}' is empty (0 bytes): remove it or give a file with text")
     kind, compression = _classify(path)
     kind = source.format or kind
     if not kind:
@@ -222,6 +247,10 @@ def _file_shards(path: str, source: Source, shard_bytes: int) -> list[Shard]:
         )
     identity = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}"
     if compression:
+        from megagamma.data.preparation.readers import is_empty_decompressed
+
+        if status.st_size <= _EMPTY_ARCHIVE and is_empty_decompressed(path, compression):
+            raise EmptyFileError(f"inputs: '{path}' is empty once decompressed: remove it or give a file with text")
         # The text behind one compressed byte is some 3 to 4 bytes; only the progress bar and the grouping
         # use it.
         return [Shard("file", path, status.st_size * 4, identity, kind, compression)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagamma.data.preparation.corpus import Shard, Source, group_shards, list_shards
+from megagamma.data.preparation.corpus import Shard, Source, count_empty_files, group_shards, list_shards
 from megagamma.data.preparation.indexing import (
     FORMAT,
     FORMAT_VERSION,
@@ -272,6 +272,7 @@ def _publish(
         "tokenizer": ids,
         "splits": merged["splits"],
         "duplicates_dropped": merged["duplicates_dropped"],
+        "empty_files": count_empty_files(settings.source),
         "empty_documents": sum(summary["empty_documents"] for summary in summaries),
         "files": merged["files"],
         "settings": described,

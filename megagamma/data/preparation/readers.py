@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from megagamma.data.preparation.corpus import Shard, Source
+from megagamma.data.preparation.corpus import EmptyFileError, Shard, Source
 from megagamma.errors import DataError
 
 _BLOCK = 1 << 20
@@ -66,14 +66,30 @@ def open_bytes(path: str, compression: str) -> IO[bytes]:
     return io.BufferedReader(_ZstdReader(raw), _BLOCK) if compression == "zst" else raw
 
 
-def read_file(shard: Shard, source: Source) -> Iterator[str]:
-    """Yield the documents of a file shard; a failed read becomes a DataError that names the file."""
+def is_empty_decompressed(path: str, compression: str) -> bool:
+    """Whether a compressed file holds no byte. What cannot be read is not empty: reading it names what is wrong."""
+    try:
+        with open_bytes(path, compression) as stream:
+            return not stream.read(1)
+    except OSError:
+        return False
+    except _damage():
+        return False
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a truncated or corrupt compressed file raises."""
     import zstandard
 
+    return EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError
+
+
+def read_file(shard: Shard, source: Source) -> Iterator[str]:
+    """Yield the documents of a file shard; a failed read becomes a DataError that names the file."""
     readers = {"txt": _read_text, "jsonl": _read_json_lines, "json": _read_json, "parquet": _read_parquet}
     try:
         yield from readers[shard.format](shard, source)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+    except _damage() as error:
         raise DataError(
             f"inputs: '{shard.path}' is truncated or not {shard.compression} data ({error}): fetch or compress it again"
         ) from error
@@ -131,10 +147,6 @@ def _read_text(shard: Shard, source: Source) -> Iterator[str]:
         separator = source.document_separator
         if separator is None:
             data = stream.read()
-            if not data:
-                raise DataError(
-                    f"inputs: '{shard.path}' is empty once decompressed: remove it or give a file with text"
-                )
             if data.startswith(codecs.BOM_UTF8):
                 data, offset = data[3:], 3
             yield _decode(data, shard.path, offset)
@@ -250,10 +262,10 @@ def _open_parquet(path: str, compression: str = "") -> Any:
 
 
 def parquet_row_groups(path: str) -> list[int]:
-    """Uncompressed bytes of each row group of a parquet file; a file without rows is an error."""
+    """Uncompressed bytes of each row group of a parquet file; a file without rows is refused as empty."""
     metadata = _open_parquet(path).metadata
     if metadata.num_rows == 0:
-        raise DataError(f"inputs: '{path}' has no rows: remove it or give a file with text")
+        raise EmptyFileError(f"inputs: '{path}' has no rows: remove it or give a file with text")
     return [max(1, metadata.row_group(index).total_byte_size) for index in range(metadata.num_row_groups)]
 
 

@@ -12,7 +12,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megagamma.data.preparation.corpus import Source, group_shards, list_shards, read_documents, tiny_document
+from megagamma.data.preparation.corpus import (
+    Source,
+    count_empty_files,
+    group_shards,
+    list_shards,
+    read_documents,
+    tiny_document,
+)
 from megagamma.errors import ConfigurationError, DataError
 
 DOCUMENTS = [f"Document {k}: żółw 🐢 \u2028 tab\there, line\r\n\n{'word ' * k}end" for k in range(60)]
@@ -211,3 +218,50 @@ def test_missing_parquet_column(tmp_path):
     source = Source(inputs=(str(tmp_path / "a.parquet"),))
     with pytest.raises(DataError, match="no column 'text': choose --text_field from body, n"):
         read(source)
+
+
+EMPTY = {
+    "empty.txt": b"",
+    "empty.jsonl": b"",
+    "empty.txt.gz": gzip.compress(b""),
+    "empty.jsonl.bz2": bz2.compress(b""),
+    "empty.json.xz": lzma.compress(b""),
+    "empty.txt.zst": zstandard.ZstdCompressor().compress(b""),
+}
+
+
+def write_empty(folder):
+    for name, content in EMPTY.items():
+        (folder / name).write_bytes(content)
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), folder / "empty.parquet")
+    return len(EMPTY) + 1
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/*", "{}/**/*"])
+def test_empty_files_among_others_are_left_out_and_counted(tmp_path, form):
+    source = Source(inputs=(form.format(tmp_path),))
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x"))
+    assert (read(source), count_empty_files(source)) == (["some text", "x"], 0)
+    count = write_empty(tmp_path)
+    assert (read(source), count_empty_files(source)) == (["some text", "x"], count)
+
+
+def test_only_empty_files_are_refused(tmp_path):
+    count = write_empty(tmp_path)
+    with pytest.raises(DataError, match=rf"all {count} files are empty .*: give a file with text"):
+        list_shards(Source(inputs=(str(tmp_path),)))
+    for name, reason in (
+        ("empty.txt", "0 bytes"),
+        ("empty.jsonl.bz2", "once decompressed"),
+        ("empty.parquet", "no rows"),
+    ):
+        with pytest.raises(DataError, match=rf"{name}' .*{reason}.*give a file with text"):
+            list_shards(Source(inputs=(str(tmp_path / name),)))
+
+
+def test_a_corrupt_small_archive_is_not_taken_for_an_empty_one(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"")[:-3])
+    with pytest.raises(DataError, match=r"b\.txt\.gz' is truncated"):
+        read(Source(inputs=(str(tmp_path),)))

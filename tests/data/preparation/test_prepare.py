@@ -1,9 +1,11 @@
 """Prepared folders: the same bytes whoever encodes them and whatever kills them, and "
 "damage that is always noticed."""
 
+import gzip
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megagamma.cli import main_guard
+from megagamma.commands import prepare_data
+from megagamma.commands.prepare_data import build_parser
 from megagamma.data.preparation.corpus import Source, list_shards, read_documents
 from megagamma.data.preparation.indexing import read_manifest, verify_prepared
 from megagamma.data.preparation.prepare import PrepareSettings, embedded_settings, prepare
@@ -336,3 +341,60 @@ def test_preparing_imports_neither_torch_nor_megatron():
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_empty_files_are_counted_at_the_end(tmp_path):
+    texts = [f"document {k} says hello to number {k * 7}" for k in range(200)]
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", texts)
+    options = ["--input", folder, "--vocab_size", 290, "--workers", 2]
+    plain = tool(*options, "--output", tmp_path / "plain")
+    assert plain.returncode == 0, plain.stderr
+    assert "empty files" not in plain.stdout
+    (folder / "b.jsonl").touch()
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b""))
+    done = tool(*options, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{tmp_path / 'out'}: 2 empty files left out"
+    assert read_manifest(tmp_path / "out")["empty_files"] == 2
+    for name in TOKEN_FILES[:-1]:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    (folder / "a.jsonl").write_text("")
+    failed = tool(*options, "--output", tmp_path / "none")
+    assert (failed.returncode, len(failed.stderr.splitlines())) == (2, 1)
+    assert "all 3 files are empty" in failed.stderr
+
+
+def test_help_shows_examples_as_commands():
+    lines = [line.strip() for line in tool("--help").stdout.splitlines()]
+    examples = [line for line in lines if "prepare_data" in line and not line.startswith("usage")]
+    assert len(examples) == 5
+    parser = build_parser()
+    for example in examples:
+        program, command, *words = shlex.split(example)
+        assert (program, command) == ("megagamma", "prepare_data")
+        parser.parse_args(words)
+
+
+def test_inspect_shows_the_first_step_unless_told_otherwise(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {corpus: tiny, sequence_length: 32}\nrun: {steps: 3}\n")
+    # With the corpus prepared in data.cache, below the working directory.
+    assert tool("--corpus", "tiny", cwd=tmp_path).returncode == 0
+    done = tool("--inspect", config, "--rows", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("step 1: samples 0 to 31\n")
+    assert tool("--inspect", config, "--rows", 1, "--step", 1, cwd=tmp_path).stdout == done.stdout
+    refused = tool("--inspect", config, "--step", 0, cwd=tmp_path)
+    assert (refused.returncode, "--step 0: the run has steps 1 to 3" in refused.stderr) == (2, True)
+
+
+def test_an_interrupt_says_that_the_work_is_kept(tmp_path, monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "prepare", stop)
+    code = main_guard(lambda: prepare_data.main(["--corpus", "tiny", "--output", str(tmp_path / "out")]))
+    assert code == 130
+    assert capsys.readouterr().err == "finished parts are kept; the same command continues from them\ninterrupted\n"

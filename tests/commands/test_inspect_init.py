@@ -1,6 +1,5 @@
-"""tools/inspect_init.py: answers for any size, samples what a run draws, and tells users what is wrong."""
+"""megagamma inspect_init: answers for any size, samples what a run draws, and tells users what is wrong."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from megagamma.cli import main_guard
+from megagamma.commands import inspect_init
 from megagamma.config.schema import Config, InitConfig, resolve_model
 from megagamma.initialization.report import Moments
 from megagamma.initialization.streams import normal_
@@ -22,12 +22,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "inspect_init.py"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("inspect_init", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return inspect_init
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def test_the_largest_preset_in_seconds_from_anywhere(tmp_path):
 def test_output_names_shape_table_norms_and_cost(run, name):
     code, out, err = run(preset(name))
     assert code == 0, err
-    for word in ("layers, hidden", "asked std", "embedding", "mlp_down", "first norm", "parameters", "FLOPs per token",
+    for word in ("layers, hidden", "target std", "embedding", "mlp_down", "first norm", "parameters", "FLOPs per token",
                  "GiB on the largest rank", "20 tokens per parameter"):  # fmt: skip
         assert word in out
     assert "WARNING" not in out
@@ -137,7 +134,7 @@ def test_one_row_per_matrix(run):
 
 def test_comparison_has_a_column_per_scheme(run):
     _, out, _ = run(preset("17m"), "--compare", "--init.scheme", "megatron")
-    header = next(line for line in out.splitlines() if line.startswith("asked std"))
+    header = next(line for line in out.splitlines() if line.startswith("target std"))
     for name in ("this config", "gamma 1", "gamma 0.5", "fixed 0.02", "fixed_depth", "deepseek", "inverse_sqrt",
                  "megatron", "neox_small"):  # fmt: skip
         assert name in header
@@ -222,7 +219,7 @@ def test_rows_stand_for_all_matrices():
     ("init", "gamma"),
     [({"gamma": 0.7}, 0.7), ({"scheme": "inverse_sqrt"}, 0.5), ({"scheme": "fixed"}, None)],
 )
-def test_asked_gamma(init, gamma):
+def test_target_gamma(init, gamma):
     assert {row.gamma for row in sample_rows(tiny(**init), elements=1 << 10)} == {gamma}
 
 
@@ -243,10 +240,10 @@ def test_a_wrong_sample_is_seen(monkeypatch):
 
 
 def test_comparison_leaves_the_config_alone():
-    config = tiny(gamma=1.0, query=0.25)
+    config = tiny(gamma=1.0, exponents={"query": 0.25})
     found = compare_schemes(config)
     assert found["query"]["this config"] == pytest.approx(256**-0.25)
     assert found["query"]["gamma 1"] == pytest.approx(1 / 256)
     assert found["key"]["fixed 0.02"] == 0.02
     assert found["mlp_down"]["megatron"] == pytest.approx(0.02 / math.sqrt(8))
-    assert config.init == InitConfig(gamma=1.0, query=0.25)
+    assert config.init == InitConfig(gamma=1.0, exponents={"query": 0.25})

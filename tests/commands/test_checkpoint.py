@@ -1,9 +1,8 @@
-"""tools/checkpoint.py on checkpoints made by hand, whose every number is known, and on those of real runs."""
+"""megagamma checkpoint on checkpoints made by hand, whose every number is known, and on those of real runs."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import math
 import subprocess
@@ -21,19 +20,16 @@ from megagamma.checkpoint.inspection import compare_tensors, config_differences,
 from megagamma.checkpoint.reader import FORMAT_VERSION, CheckpointReader, folder_name, tensor_key
 from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.cli import main_guard
+from megagamma.commands import checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "checkpoint.py"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 NAMES = ("lm_head.weight", "model.layers.10.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("checkpoint_tool", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return checkpoint
 
 
 @pytest.fixture

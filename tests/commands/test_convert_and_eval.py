@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -21,16 +20,12 @@ from support.processes import ROOT, environment
 from support.ranks import RankPool
 
 from megagamma.cli import main_guard
+from megagamma.commands import convert_and_eval
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_and_eval", ROOT / "tools" / "convert_and_eval.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert_and_eval"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return convert_and_eval
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ Everything else is real: names, patterns, the atomic move, and reading what was 
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -17,17 +16,14 @@ import huggingface_hub
 import pytest
 from support.benchmarks import make_mirror
 
+from megagamma.commands import fetch_benchmarks
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.evaluation import mirror
 
 
-@pytest.fixture(scope="module")
-def tool(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_benchmarks", root / "tools" / "fetch_benchmarks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool() -> ModuleType:
+    return fetch_benchmarks
 
 
 @pytest.fixture

@@ -1,0 +1,121 @@
+"""Look at checkpoints without a model: what is in one, whether it is sound, where two differ.
+
+    megagamma checkpoint inspect runs/mine                   # the newest; --step 500 for another
+    megagamma checkpoint verify runs/mine                    # all of the run, and the newest sound one
+    megagamma checkpoint diff runs/a runs/b --tolerance 1e-5
+
+A PATH is a checkpoint's folder or a run's. Exit codes: 0; 1 when `diff` finds tensors that differ by more than the
+tolerance; 2 when a checkpoint is damaged (the file is named) or not there. Knobs that differ are shown by `diff`, but
+do not count: two runs have different folders at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from megagamma.checkpoint.inspection import checkpoint_folders, describe, difference, verify_files
+from megagamma.errors import CheckpointError, ConfigurationError
+from megagamma.files import write_json
+
+
+def inspect(known: argparse.Namespace) -> dict[str, Any]:
+    """Print what is in a checkpoint."""
+    found = describe(checkpoint_folders(known.path, known.step)[-1])
+    print(
+        f"{found['folder']}: step {found['step']:,}, {found['samples']:,} samples, {found['tokens']:,} tokens, "
+        f"format {found['format_version']}"
+    )
+    width = max((len(row["name"]) for row in found["tensors"]), default=0) + 2
+    print(f"\n{'weight':<{width}}{'shape':>16}{'dtype':>10}{'std':>13}{'rms':>13}")
+    for row in found["tensors"]:
+        shape = "x".join(map(str, row["shape"]))
+        bad = f"  {row['not_finite']:,} not finite" if row["not_finite"] else ""
+        print(f"{row['name']:<{width}}{shape:>16}{row['dtype']:>10}{row['std']:>13.4e}{row['rms']:>13.4e}{bad}")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
+    print(f"\n{found['weights']:,} weights; tensors: {kinds}\n")
+    for entry in found["files"]:
+        print(f"{entry['file']:<36}{entry['bytes']:>18,} bytes")
+    print(f"{'total':<36}{found['total_bytes']:>18,} bytes")
+    return found
+
+
+def verify(known: argparse.Namespace) -> dict[str, Any]:
+    """Print the state of every file. The error about damage is left to `main`, which writes the JSON first."""
+    checked = []
+    for folder in checkpoint_folders(known.path, known.step):
+        rows = verify_files(folder, full=not known.quick)
+        checked.append({"folder": str(folder), "sound": not any(row["problem"] for row in rows), "files": rows})
+        print(folder)
+        for row in rows:
+            print(f"  {row['file']:<36}{row['problem'] or 'ok'}")
+    newest = next((one["folder"] for one in reversed(checked) if one["sound"]), None)
+    print(f"newest sound checkpoint: {newest or 'none'}" + (" (sizes only)" if known.quick else ""))
+    return {"checkpoints": checked, "newest_sound": newest, "quick": known.quick}
+
+
+def diff(known: argparse.Namespace) -> dict[str, Any]:
+    """Print where two checkpoints differ."""
+    if not 0 <= known.tolerance < math.inf:
+        raise ConfigurationError(f"--tolerance {known.tolerance} must be a finite number, 0 or more")
+    first, second = (checkpoint_folders(path, known.step)[-1] for path in (known.a, known.b))
+    found = difference(first, second, tolerance=known.tolerance)
+    for folder, step, samples in zip(found["folders"], found["steps"], found["samples"], strict=True):
+        print(f"{folder}: step {step:,}, {samples:,} samples")
+    for knob in found["knobs"]:
+        print(f"knob  {knob}")
+    rows = found["different"]
+    if rows:
+        width = max(len(row["name"]) for row in rows) + 2
+        print(f"\n{'kind':<12}{'tensor':<{width}}{'absolute':>12}{'relative':>12}")
+        for row in rows:
+            numbers = row["note"] or f"{row['absolute']:>12.3e}{row['relative']:>12.3e}"
+            print(f"{row['kind']:<12}{row['name']:<{width}}{numbers}")
+    print(
+        f"\n{len(rows)} of {found['compared']} tensors differ by more than {known.tolerance:g}, relative to their largest "
+        f"number; largest relative difference {found['largest_relative']:.3e}"
+    )
+    return found
+
+
+def _json(value: Any) -> Any:
+    """JSON has no numbers that are not finite: null."""
+    if isinstance(value, dict):
+        return {key: _json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, do, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, action in (("inspect", inspect), ("verify", verify), ("diff", diff)):
+        one = commands.add_parser(name, help=(action.__doc__ or "").split(".")[0].lower())
+        one.set_defaults(action=action)
+        for argument in ("a", "b") if name == "diff" else ("path",):
+            one.add_argument(argument, type=Path, help="folder of a checkpoint, or of a run")
+        one.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest; verify: all)")
+        one.add_argument("--json", type=Path, metavar="FILE", help="write the result to a file")
+        if name == "verify":
+            one.add_argument("--quick", action="store_true", help="compare sizes only, not checksums")
+        if name == "diff":
+            one.add_argument(
+                "--tolerance", type=float, default=0.0,
+                help="largest difference of a tensor that passes, over the tensor's largest number (default: 0)",
+            )  # fmt: skip
+    known = parser.parse_args(arguments)
+    found = known.action(known)
+    if known.json:
+        write_json(known.json, _json(found))
+    if known.command == "diff":
+        return 0 if found["equal"] else 1
+    if known.command == "verify":
+        problems = [row["problem"] for one in found["checkpoints"] for row in one["files"] if row["problem"]]
+        if problems:
+            more = f" ({len(problems) - 1} more above)" if len(problems) > 1 else ""
+            raise CheckpointError(problems[0] + more)
+    return 0
