@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megagamma.checkpoint.reader import (
@@ -83,7 +82,7 @@ def _assemble(piece: _Piece, local: Tensor, runtime: Runtime) -> Tensor | None:
     axis = piece.logical.split_axis
     if axis is None or runtime.tensor_size == 1:
         return slab if runtime.tensor_rank == piece.tensor_owner else None
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = runtime.tensor_group
     mine = runtime.tensor_rank == piece.tensor_owner
     slabs = [torch.empty_like(slab) for _ in range(runtime.tensor_size)] if mine else None
     dist.gather(slab, slabs, dst=dist.get_global_rank(group, piece.tensor_owner), group=group)

@@ -18,9 +18,10 @@ import logging
 import os
 import sys
 
-from megagamma.data.preparation.corpus import EMBEDDED_CORPORA, FORMATS, Source
+from megagamma.data.preparation.corpus import EMBEDDED_CORPORA, FORMATS
 from megagamma.data.preparation.indexing import verify_prepared
 from megagamma.data.preparation.prepare import PrepareSettings, prepare
+from megagamma.data.preparation.source import Source
 from megagamma.errors import ConfigurationError
 
 

@@ -117,6 +117,7 @@ class Runtime:
         self.pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_size = parallel_state.get_data_parallel_world_size()
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.data_group = parallel_state.get_data_parallel_group()
         self.model_group = parallel_state.get_model_parallel_group()
 

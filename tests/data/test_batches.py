@@ -12,9 +12,10 @@ import torch
 from megagamma.data.blend import Blend
 from megagamma.data.contracts import microbatch_ids, rank_microbatches
 from megagamma.data.inspect import inspect_batch
-from megagamma.data.preparation.corpus import Source, tiny_document
+from megagamma.data.preparation.corpus import tiny_document
 from megagamma.data.preparation.indexing import index_bytes
 from megagamma.data.preparation.prepare import PrepareSettings, embedded_settings, prepare
+from megagamma.data.preparation.source import Source
 from megagamma.data.text import Corpus, CorpusSampler, keyed_permutation
 from megagamma.data.text_batches import TextEvaluation, TextSource, collate
 from megagamma.data.tokenizer import Tokenizer

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megagamma.data.preparation.corpus import Source, list_shards, read_documents, tiny_document
+from megagamma.data.preparation.corpus import list_shards, read_documents, tiny_document
+from megagamma.data.preparation.source import Source
 from megagamma.data.preparation.train_tokenizer import sample_text, train_tokenizer
 from megagamma.data.tokenizer import CONTROL_PIECES, Tokenizer
 from megagamma.errors import ConfigurationError, DataError

@@ -38,7 +38,8 @@ def code() -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, prose: list[str], code: list[str]) -> Tokenizer:
     """4,000 pieces of prose and code, so that merges go deep."""
-    from megagamma.data.preparation.corpus import Source, list_shards
+    from megagamma.data.preparation.corpus import list_shards
+    from megagamma.data.preparation.source import Source
     from megagamma.data.preparation.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("text")

@@ -13,9 +13,9 @@ import pytest
 from support.processes import attempt, finish, snapshot, start
 from support.ranks import RankPool
 
-from megagamma.data.preparation.corpus import Source
 from megagamma.data.preparation.indexing import read_manifest
 from megagamma.data.preparation.prepare import PrepareSettings, prepare
+from megagamma.data.preparation.source import Source
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from megagamma.data.preparation.corpus import Shard, Source, read_documents
+from megagamma.data.preparation.corpus import read_documents
 from megagamma.data.preparation.indexing import FORMAT_VERSION, writing
+from megagamma.data.preparation.source import Shard, Source
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import DataError
 

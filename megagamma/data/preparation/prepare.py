@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagamma.data.preparation.corpus import Shard, Source, count_empty_files, group_shards, list_shards
+from megagamma.data.preparation.corpus import count_empty_files, group_shards, list_shards
 from megagamma.data.preparation.indexing import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,6 +29,7 @@ from megagamma.data.preparation.indexing import (
     writing,
 )
 from megagamma.data.preparation.parts import PartTask, run_parts
+from megagamma.data.preparation.source import Shard, Source
 from megagamma.data.preparation.train_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError

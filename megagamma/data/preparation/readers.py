@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from megagamma.data.preparation.corpus import EmptyFileError, Shard, Source
+from megagamma.data.preparation.source import EmptyFileError, Shard, Source
 from megagamma.errors import DataError
 
 _BLOCK = 1 << 20

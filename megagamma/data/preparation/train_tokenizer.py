@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagamma.data.preparation.corpus import Shard, Source, read_documents
+from megagamma.data.preparation.corpus import read_documents
+from megagamma.data.preparation.source import Shard, Source
 from megagamma.data.tokenizer import CONTROL_PIECES, Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 

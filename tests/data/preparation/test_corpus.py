@@ -13,13 +13,13 @@ import pytest
 import zstandard
 
 from megagamma.data.preparation.corpus import (
-    Source,
     count_empty_files,
     group_shards,
     list_shards,
     read_documents,
     tiny_document,
 )
+from megagamma.data.preparation.source import Source
 from megagamma.errors import ConfigurationError, DataError
 
 DOCUMENTS = [f"Document {k}: żółw 🐢 \u2028 tab\there, line\r\n\n{'word ' * k}end" for k in range(60)]

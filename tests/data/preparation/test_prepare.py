@@ -18,9 +18,10 @@ import pytest
 from megagamma.cli import main_guard
 from megagamma.commands import prepare_data
 from megagamma.commands.prepare_data import build_parser
-from megagamma.data.preparation.corpus import Source, list_shards, read_documents
+from megagamma.data.preparation.corpus import list_shards, read_documents
 from megagamma.data.preparation.indexing import read_manifest, verify_prepared
 from megagamma.data.preparation.prepare import PrepareSettings, embedded_settings, prepare
+from megagamma.data.preparation.source import Source
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 
