@@ -36,6 +36,7 @@ from megagamma.model.parameters import ParameterMap
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
 from megagamma.runs.folder import RunFolder
+from megagamma.runs.lock import RunLock
 from megagamma.runs.provenance import installed_versions, provenance
 from megagamma.training.assembly import build, choose_dtype
 from megagamma.training.optimizer import describe_groups, parameter_groups
@@ -51,6 +52,8 @@ class Session:
     engine: Engine
     reporter: Reporter
     folder: RunFolder
+    lock: RunLock
+    """Held by rank 0 alone."""
     steps: int
     step: int = 0
     """Steps done."""
@@ -78,6 +81,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.reporter.close()
+        self.lock.release()
         # After an error other ranks may be gone, and leaving the groups would wait for them.
         if kind is None:
             self.engine.close()
@@ -174,6 +178,16 @@ def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Confi
         MegagammaError: one clear reason, before a step is made and with everything that was there untouched.
     """
     runtime.run_on_rank0(lambda: _check_folder(config))
+    lock = RunLock(config.run.folder)
+    runtime.run_on_rank0(lock.acquire)
+    try:
+        return _prepare_locked(config, runtime, open_data, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Config], RunData], lock: RunLock) -> Session:
     folder = RunFolder(config.run.folder)
     data = runtime.run_on_all_ranks(lambda: open_data(config))
     if config.model.vocab_size is None:
@@ -197,7 +211,7 @@ def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Confi
         refine_masters(engine, config)
     origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
     reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
-    session = Session(config, runtime, data, engine, reporter, folder, total_steps(config), step)
+    session = Session(config, runtime, data, engine, reporter, folder, lock, total_steps(config), step)
     if resume is not None:
         session.consumed, session.seconds = manifest["consumed_samples"], manifest["seconds"]
         session.progress = manifest["progress"]

@@ -11,17 +11,18 @@ from megagamma.training.callbacks.guard import LossGuard
 from megagamma.training.callbacks.metrics import Metrics, Straggler
 from megagamma.training.callbacks.replicas import ReplicaCheck
 from megagamma.training.callbacks.samples import Samples
-from megagamma.training.callbacks.stopping import StopOnSignal
+from megagamma.training.callbacks.stopping import FolderLock, StopOnSignal
 from megagamma.training.callbacks.validation import Validation
 
 
 def standard_callbacks(config: Config, measuring: Sequence[Callback] = ()) -> list[Callback]:
-    """The guard first; then what measures a step; then what records it; at last what saves and leaves.
+    """First the owner of the folder and the guard; then what measures a step; then what records it; at last what saves.
 
     Args:
         measuring: further callbacks that add to a step's values, before it is recorded.
     """
     return [
+        FolderLock(),
         LossGuard(config.guard),
         Validation(config.validation),
         *measuring,

@@ -1,7 +1,8 @@
-"""Leaving when a signal asks for it."""
+"""Leaving when a signal asks for it, or when the run's folder has another owner."""
 
 from __future__ import annotations
 
+from megagamma.errors import MegagammaError
 from megagamma.training.callbacks.base import Callback, Step
 from megagamma.training.signals import StopSignals
 
@@ -28,3 +29,17 @@ class StopOnSignal(Callback):
     def close(self) -> None:
         """Give the signals back."""
         self.signals.restore()
+
+
+class FolderLock(Callback):
+    """Ends a run whose folder another process has taken, as after this one was suspended for minutes: two must not write."""
+
+    def after_step(self, step: Step) -> None:
+        """Look at what the lock's thread has seen."""
+        if self.session.lock.lost:
+            error = MegagammaError(
+                f"run.folder={self.session.folder.path}: {self.session.lock.lost}; this process writes nothing more: end one "
+                "of the two, and start the other again"
+            )
+            error.on_one_rank = True
+            raise error

@@ -1,0 +1,28 @@
+"""A second launch on a folder that is in use is refused, and takes nothing from the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support.processes import finish, metrics, start, wait_until
+
+
+def test_second_launch_is_refused(tmp_path: Path, data_cache: str) -> None:
+    common = ["--data.cache", data_cache, "--run.folder", str(tmp_path / "run"), "--run.steps", "400"]
+    first = start([*common, "--checkpoint.at_end", "false"])
+    try:
+        wait_until(lambda: len(metrics(tmp_path / "run")) >= 2, first)
+        code, _, err = finish(start(common))
+        assert code == 2
+        assert f"run.folder={tmp_path / 'run'}" in err and str(first.pid) in err
+        assert "Traceback" not in err
+        assert first.poll() is None
+    finally:
+        first.terminate()
+    assert finish(first)[0] == 75
+    # Each step of the first is there once, and the folder is free again.
+    steps = [line["step"] for line in metrics(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert json.loads((tmp_path / "run" / "resolved.json").read_text())["zero_stage"] == 0
