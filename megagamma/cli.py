@@ -33,7 +33,7 @@ def _rank() -> int:
 def main_guard(function: Callable[[], int | None]) -> int:
     """Run a program: a user's error becomes one line on standard error and its exit code.
 
-    Of several ranks that meet the same error only the first speaks; one that is alone with it (`on_one_rank`) does.
+    Of several ranks with the same error only the first prints it; so does one that is alone with it (`on_one_rank`).
 
     Returns:
         The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.

@@ -103,11 +103,11 @@ def advice(error: OSError) -> str:
     return known.get(error.errno or 0, "choose another folder")
 
 
-def require_writable(folder: str | Path, knob: str) -> Path:
+def require_writable(folder: str | Path, option: str) -> Path:
     """Create a folder and prove that a file can be written in it.
 
     Raises:
-        MegagammaError: naming the knob, the folder and the reason.
+        MegagammaError: naming the option, the folder and the reason.
     """
     folder = Path(folder)
     try:
@@ -117,7 +117,7 @@ def require_writable(folder: str | Path, knob: str) -> Path:
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        raise MegagammaError(f"{knob}={folder}: cannot be written ({error.strerror}): {advice(error)}") from error
+        raise MegagammaError(f"{option}={folder}: cannot be written ({error.strerror}): {advice(error)}") from error
     return folder
 
 

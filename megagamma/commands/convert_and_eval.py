@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--mirror", type=Path, help="folder of data sets in place of the hub (or MEGAGAMMA_MIRROR)")
     score.add_argument("--batch_size", default="8", help="requests in one pass, or auto on a GPU (default 8)")
     score.add_argument("--seed", type=int, default=1234, help="of the choice of few-shot examples (default 1234)")
-    score.add_argument("--parallelize", action="store_true", help="spread the layers over this machine's GPUs")
+    score.add_argument("--parallelize", action="store_true", help="place the layers over this machine's GPUs")
     score.add_argument("--rescore", action="store_true", help="score even what was scored before")
     score.add_argument("--list_tasks", action="store_true", help="print the tasks and few-shot counts, and stop")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:1")
@@ -248,7 +248,7 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
     """Everything about scoring that can be wrong, before an hour of conversion.
 
     Raises:
-        MegagammaError: what must be mended.
+        MegagammaError: what must be fixed.
     """
     from megagamma.evaluation.harness import checked_limit
     from megagamma.files import read_json, require_writable
@@ -304,7 +304,7 @@ def score(jobs: list[Job], known: argparse.Namespace) -> int:
 
 
 def _quiet_transformers() -> None:
-    """Errors only: this program tells itself what it does."""
+    """Errors only: this program logs itself what it does."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -66,7 +66,7 @@ class PrepareSettings:
     part_bytes: int = 4 << 20
     """Bytes of source text per part: the unit of parallel work and of resuming."""
     overwrite: bool = False
-    """Replace a finished folder that was made with other settings or is damaged."""
+    """Replace a finished folder that was made with other settings or is corrupt."""
     progress: bool | None = None
     """Show a progress bar; None: on a terminal only."""
 
@@ -185,7 +185,7 @@ def _finished(output: Path, fingerprint: str, settings: PrepareSettings) -> bool
         if settings.overwrite:
             return False
         raise DataError(
-            f"output: '{output}' exists but is damaged: use --overwrite to make it again ({error})"
+            f"output: '{output}' exists but is corrupt: use --overwrite to make it again ({error})"
         ) from error
     if same:
         logger.info("already prepared: %s", output)
