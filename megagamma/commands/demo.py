@@ -28,16 +28,23 @@ GAMMAS = (1.0, 0.5)
 OUTPUT = Path("runs/demo")
 
 
+def _launcher_environment() -> dict[str, str]:
+    """This process's environment, in which DeepSpeed's launcher need not warn that it sees no GPU."""
+    import torch
+
+    return dict(os.environ) if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", **os.environ}
+
+
 def train(gamma: float, arguments: list[str]) -> Path:
     """One arm, through the DeepSpeed launcher as a user would start it; returns its folder, relative to the source tree."""
     folder = Path("runs") / f"demo-gamma{gamma:g}"
     command = [
-        *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "1"),
+        *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error", "--num_gpus", "1"),
         "megagamma/pretrain.py",
         *("--config", "configs/demo.yaml", "--init.gamma", str(gamma), "--run.folder", str(folder), *arguments),
     ]
-    print(f"\n== gamma {gamma:g}: {' '.join(command[3:])}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    print(f"\n== gamma {gamma:g}: deepspeed {' '.join(command[3:])}", flush=True)
+    code = subprocess.run(command, check=False, env=_launcher_environment()).returncode
     if code:
         raise MegagammaError(f"the run with gamma {gamma:g} ended with exit code {code}; see its messages above")
     return folder
