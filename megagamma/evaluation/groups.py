@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megagamma.evaluation import continuous as smooth
-from megagamma.evaluation.quiet import silent
+from megagamma.evaluation import compat, continuous
 from megagamma.evaluation.scoring import metrics_of
 from megagamma.evaluation.tasks import Plan
 
@@ -27,9 +26,9 @@ def group_records(
             failures[group.name] = f"{len(lost)} of its {len(names)} tasks have no score"
             continue
         records = [known[name] for name in names]
-        ours = [AggMetricConfig(metric=name, aggregation="mean", weight_by_size=True) for name in smooth.NAMES]
+        ours = [AggMetricConfig(metric=name, aggregation="mean", weight_by_size=True) for name in continuous.NAMES]
         with_ours = replace(group, aggregate_metric_list=[*group.aggregate_metric_list, *ours])
-        with silent("lm_eval.api.group"):
+        with compat.suppress_logging(compat.GROUP_LOGGER):
             values = with_ours.aggregate({record["task"]: _as_lm_eval(record) for record in records})
         higher = {one["metric"]: one["higher_is_better"] for record in records for one in record["metrics"]}
         metrics = metrics_of(values, higher)

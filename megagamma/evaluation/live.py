@@ -8,7 +8,6 @@ task cannot leave another rank behind.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -255,14 +254,3 @@ class LiveModel(TemplateLM):
                 if len(made) >= limits[index] or any(stop in texts[index] for stop in stops[index]):
                     open_ones.remove(index)
         return list(texts.items())
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Without lm-eval's progress bars, which belong on the console of a tool and not of a training run."""
-    from unittest import mock
-
-    import lm_eval.api.task as module
-
-    with mock.patch.object(module, "tqdm", functools.partial(module.tqdm, disable=True)):
-        yield

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from megagamma.errors import EvaluationError
-from megagamma.evaluation import continuous as smooth
-from megagamma.evaluation.quiet import silent
+from megagamma.evaluation import compat, continuous
 from megagamma.evaluation.scores import plain
 from megagamma.evaluation.tasks import PlannedTask
 
@@ -30,13 +29,13 @@ def score_task(lm: Any, planned: PlannedTask, common: dict[str, Any], smooth_sco
     task = _together(lm, lambda: _build(planned, common["seed"]))
     cap = _cap_generation(task, lm)
     # It would warn of every prompt that is cut; they are counted below.
-    with silent("lm_eval.models.huggingface"):
+    with compat.suppress_logging(compat.MODEL_LOGGER):
         result = run(
             lm, {"tasks": {planned.name: task}}, limit=common["limit"], bootstrap_iters=BOOTSTRAPS, log_samples=False
         )
     documents = _by_document(task)
     cut = sum(_is_cut(task, requests[0], lm, cap) for requests in documents)
-    with silent("lm_eval.models.huggingface"):
+    with compat.suppress_logging(compat.MODEL_LOGGER):
         values, dropped = _smooth_values(task, documents, lm) if smooth_scores else ([], 0)
     hashes = [_hash(repr([request.args for request in requests])) for requests in documents]
     values, hashes, cut, dropped = _over_processes(lm, values, hashes, cut, dropped)
@@ -45,7 +44,9 @@ def score_task(lm: Any, planned: PlannedTask, common: dict[str, Any], smooth_sco
     metrics = metrics_of(result["results"][planned.name], task.higher_is_better())
     n = int(result["n-samples"][planned.name]["effective"])
     total = int(result["n-samples"][planned.name]["original"])
-    chance = smooth.mean_and_error([one["chance"] for one in values])[0] if values and "chance" in values[0] else None
+    chance = (
+        continuous.mean_and_error([one["chance"] for one in values])[0] if values and "chance" in values[0] else None
+    )
     for one in metrics:
         if one["metric"] in ("acc", "acc_norm", "acc_bytes"):
             one["chance"] = chance
@@ -113,20 +114,20 @@ def _is_cut(task: Any, request: Any, lm: Any, cap: int | None) -> bool:
 def _smooth_values(task: Any, documents: list[list[Any]], lm: Any) -> tuple[list[dict[str, float]], int]:
     """Smooth scores of this process's documents, and the number of answers that were left out."""
     if task.OUTPUT_TYPE == "multiple_choice":
-        return smooth.from_choices(task, documents), 0
+        return continuous.from_choices(task, documents), 0
     if task.OUTPUT_TYPE == "loglikelihood":
         requests = [request for one in documents for request in one]
-        return smooth.from_loglikelihoods(requests, [request.resps[0] for request in requests]), 0
+        return continuous.from_loglikelihoods(requests, [request.resps[0] for request in requests]), 0
     if task.OUTPUT_TYPE != "generate_until":
         return [], 0
-    requests, dropped = smooth.answer_requests(task, documents, lm)
+    requests, dropped = continuous.answer_requests(task, documents, lm)
     asked = list(requests)
     if lm.world_size > 1:
         # Every process must make as many passes as the others.
         most = max(lm.all_gather(torch.tensor(len(asked), device=lm.device)).tolist())
         asked += (requests or documents[0])[:1] * (most - len(asked))
     answers = lm.loglikelihood(asked)[: len(requests)] if asked else []
-    return smooth.from_loglikelihoods(requests, answers), dropped
+    return continuous.from_loglikelihoods(requests, answers), dropped
 
 
 def _over_processes(
@@ -181,8 +182,8 @@ def metrics_of(values: dict[str, Any], higher: dict[str, Any]) -> list[dict[str,
                 "filter": filter_name,
                 "value": _number(value),
                 "stderr": _number(values.get(f"{name}_stderr,{filter_name}")),
-                "higher_is_better": higher.get(name, smooth.NAMES.get(name)),
-                "smooth": name in smooth.NAMES,
+                "higher_is_better": higher.get(name, continuous.NAMES.get(name)),
+                "smooth": name in continuous.NAMES,
             }
         )
     return found
@@ -196,9 +197,9 @@ def _number(value: Any) -> float | None:
 
 def _smooth_metrics(values: list[dict[str, float]], chance: float | None) -> list[dict[str, Any]]:
     found = []
-    for name, higher in smooth.NAMES.items():
+    for name, higher in continuous.NAMES.items():
         if values and name in values[0]:
-            mean, error = smooth.mean_and_error([value[name] for value in values])
+            mean, error = continuous.mean_and_error([value[name] for value in values])
             one = {"metric": name, "filter": "none", "value": mean, "stderr": error, "higher_is_better": higher}
             found.append({**one, "smooth": True, "chance": chance if name.startswith("choice") else None})
     return found

@@ -125,12 +125,12 @@ def test_numbers_are_those_of_lm_eval(places: tuple[Path, Path]) -> None:
     from lm_eval.tasks import TaskManager
 
     from megagamma.evaluation import mirror
-    from megagamma.evaluation.tasks import _stock_folder
+    from megagamma.evaluation.task_index import stock_folder
 
     with mirror.reading(places[0]):
         theirs = lm_eval.simple_evaluate(
             model="hf", model_args={"pretrained": str(places[1])}, tasks=["arc_challenge"], num_fewshot=2, device="cpu",
-            task_manager=TaskManager(include_path=str(_stock_folder() / "arc"), include_defaults=False),
+            task_manager=TaskManager(include_path=str(stock_folder() / "arc"), include_defaults=False),
             fewshot_random_seed=1234, batch_size=4,
         )["results"]["arc_challenge"]  # fmt: skip
     ours = metrics(run(places, ["arc_challenge:2"]), "arc_challenge")
