@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megagamma.checkpoint.reader import CheckpointReader, folder_name, read_manifest, steps_saved, verify
+from megagamma.checkpoint.reader import CheckpointReader, read_manifest, verify
 from megagamma.config.io import current_form
 from megagamma.errors import CheckpointError
 from megagamma.initialization.report import WeightStatistics
+from megagamma.runs.folder import RunFolder, folder_name, kind_of_folder, steps_saved
 
 _CHUNK = 1 << 22  # elements that are looked at together; unit: 32 MiB of float64
 
@@ -33,11 +34,12 @@ def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder: give a checkpoint's, or a run's")
-    if (path / "checkpoint.json").exists() or re.fullmatch(r"step_\d{8}", path.resolve().name):
+    kind = kind_of_folder(path)
+    if kind == "checkpoint":
         if step is not None and path.resolve().name != folder_name(step):
             raise CheckpointError(f"--step {step}: {path} is one checkpoint: give the run's folder")
         return [path]
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = RunFolder(path).checkpoints if kind == "run" else path
     steps = steps_saved(root)
     if not steps:
         raise CheckpointError(f"{path}: holds no finished checkpoint: give a checkpoint's folder, or a run's")
