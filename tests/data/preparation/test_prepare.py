@@ -19,7 +19,7 @@ from megagamma.data.preparation.prepare import PrepareSettings, embedded_setting
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOL = [sys.executable, str(ROOT / "tools" / "prepare_data.py")]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 TOKEN_FILES = [
