@@ -38,7 +38,7 @@ from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import KINDS
 from megagamma.errors import CheckpointError
-from megagamma.files import advice, sync_folder, write_json
+from megagamma.files import advice, publish_directory, remove_directory, write_json
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
 
 
@@ -255,11 +255,7 @@ class Saver:
         def publish() -> None:
             files = [entry for files, _ in found for entry in files]
             write_json(partial / "checkpoint.json", {**self._manifest, "files": files})
-            sync_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            sync_folder(self.root)
+            publish_directory(partial, final)
 
         self.runtime.run_on_rank0(lambda: _explained(publish, partial))
         return final
@@ -278,9 +274,7 @@ def prune(root: Path, keep_last: int, permanent: set[int]) -> list[int]:
         return []
     removable = [step for step in steps_saved(root) if step not in permanent][:-keep_last]
     for step in removable:
-        doomed = root / f".{folder_name(step)}.deleted"
-        (root / folder_name(step)).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_directory(root / folder_name(step))
     return removable
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from megagamma.cli import source_tree
 from megagamma.errors import MegagammaError
 from megagamma.files import write_json, write_text
+from megagamma.reporting.comparison import as_table, plot
 from megagamma.reporting.log import duration
-from megagamma.runs.compare import as_table, comparison, plot, read_run
+from megagamma.runs.compare import comparison, read_run
 
 GAMMAS = (1.0, 0.5)
 # Relative to the source tree, as all paths here.
