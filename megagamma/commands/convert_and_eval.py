@@ -131,12 +131,12 @@ def _wanted_steps(run: Path, wanted: str) -> list[int]:
 
 def _job_of_folder(path: Path, run: str, known: argparse.Namespace) -> Job:
     """A Hugging Face folder."""
-    from megagamma.huggingface.export import folder_identity
+    from megagamma.huggingface.provenance import folder_hash
 
     for flag, given in (("--convert_only", known.convert_only), ("--out", known.out)):
         if given:
             raise ConfigurationError(f"{path}: is a Hugging Face folder already: leave out {flag}")
-    scores = known.eval_out / f"{path.name}-{folder_identity(path)[:8]}" if known.eval_out else path / "eval"
+    scores = known.eval_out / f"{path.name}-{folder_hash(path)[:8]}" if known.eval_out else path / "eval"
     return Job(None, run, path, scores, known.eval_out or Path.cwd() / "eval")
 
 
@@ -157,11 +157,11 @@ def _home(path: Path) -> Path:
 def _check_converted(folder: Path, checkpoint: Path) -> None:
     """Refuse to score, in a checkpoint's name, what is not its conversion."""
     from megagamma.checkpoint.reader import CheckpointReader
-    from megagamma.huggingface.export import exported_origin, weights_identity
+    from megagamma.huggingface.provenance import exported_provenance, weights_hash
 
     if not (folder / "config.json").exists():
         raise ConfigurationError(f"{folder}: is not there: convert it first, without --eval_only")
-    if exported_origin(folder).get("weights") != weights_identity(CheckpointReader(checkpoint)):
+    if exported_provenance(folder).get("weights") != weights_hash(CheckpointReader(checkpoint)):
         raise ConfigurationError(
             f"{folder}: is not the conversion of {checkpoint}: convert it again, without --eval_only"
         )
@@ -271,17 +271,17 @@ def score(jobs: list[Job], known: argparse.Namespace) -> int:
     from megagamma.evaluation.curves import Scored, table, write
     from megagamma.evaluation.harness import evaluate
     from megagamma.evaluation.tasks import TaskRequest
-    from megagamma.huggingface.export import exported_origin, folder_identity
+    from megagamma.huggingface.provenance import exported_provenance, folder_hash
 
     request = TaskRequest(known.tasks, known.include_path)
     items, failed = [], 0
     for job in jobs:
         print(f"\nscoring {job.folder}", flush=True)
-        origin = exported_origin(job.folder)
+        origin = exported_provenance(job.folder)
         scores = evaluate(
             str(job.folder),
             request,
-            identity=folder_identity(job.folder),
+            identity=folder_hash(job.folder),
             output=job.scores,
             limit=known.limit,
             seed=known.seed,
