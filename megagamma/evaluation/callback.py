@@ -31,7 +31,7 @@ def score_live(engine: Engine, tokenizer: Any, config: Config, step: int, report
     Returns:
         `harness/<task>/<metric>` -> value on rank 0; nothing on the others, or where all failed.
     """
-    from megagamma.evaluation import live
+    from megagamma.evaluation import compat, live
     from megagamma.evaluation.harness import evaluate
     from megagamma.evaluation.tasks import TaskRequest
 
@@ -39,11 +39,11 @@ def score_live(engine: Engine, tokenizer: Any, config: Config, step: int, report
 
     def score(passes: live.Passes) -> dict[str, float]:
         try:
-            with live.without_bars():
+            with compat.without_progress_bars():
                 scores = evaluate(
                     live.LiveModel(passes, tokenizer),
                     TaskRequest(list(asked.harness_tasks), asked.harness_include_path or None),  # type: ignore[arg-type]
-                    identity=f"step {step}",
+                    content_hash=f"step {step}",
                     limit=asked.harness_limit or None,
                     seed=config.run.seed,
                     mirror=asked.harness_mirror or None,
