@@ -266,22 +266,20 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
         require_writable(job.scores, "--eval_out")
 
 
-def score(jobs: list[Job], known: argparse.Namespace) -> int:
+def score(jobs: list[Job], known: argparse.Namespace, plan: Any) -> int:
     """Score converted models; prints and writes tables. Returns the exit code."""
     from megagamma.evaluation.curves import Scored, table, write
     from megagamma.evaluation.harness import evaluate
-    from megagamma.evaluation.tasks import TaskRequest
     from megagamma.huggingface.provenance import exported_provenance, folder_hash
 
-    request = TaskRequest(known.tasks, known.include_path)
     items, failed = [], 0
     for job in jobs:
         print(f"\nscoring {job.folder}", flush=True)
         origin = exported_provenance(job.folder)
         scores = evaluate(
             str(job.folder),
-            request,
-            identity=folder_hash(job.folder),
+            plan,
+            content_hash=folder_hash(job.folder),
             output=job.scores,
             limit=known.limit,
             seed=known.seed,
@@ -334,12 +332,12 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigurationError(
             "several processes cannot convert one model: convert first with one, then use --eval_only"
         )
-    device = _device(known)
+    device, plan = _device(known), None
     if not known.convert_only:
         # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
         from megagamma.evaluation.tasks import check
 
-        check(known.tasks, known.include_path, known.mirror)
+        plan = check(known.tasks, known.include_path, known.mirror)
         check_scoring(jobs, known)
     import torch
 
@@ -350,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in jobs:
             if job.checkpoint is not None:
                 convert(job, known, device)
-    return 0 if known.convert_only else score(jobs, known)
+    return 0 if known.convert_only else score(jobs, known, plan)
 
 
 def _device(known: argparse.Namespace) -> str:

@@ -60,11 +60,11 @@ class BenchmarkScoring(Callback):
 
         def score(passes: live.Passes) -> dict[str, float]:
             try:
-                with compat.suppress_progress_bars():
+                with compat.without_progress_bars():
                     scores = evaluate(
                         live.LiveModel(passes, codec),
                         TaskRequest(list(options.harness_tasks), options.harness_include_path or None),  # type: ignore[arg-type]
-                        identity=f"step {step}",
+                        content_hash=f"step {step}",
                         limit=options.harness_limit or None,
                         seed=self.config.run.seed,
                         mirror=options.harness_mirror or None,

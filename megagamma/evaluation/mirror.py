@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from megagamma.errors import EvaluationError
-from megagamma.evaluation import compat
+from megagamma.evaluation.compat import is_file_format, replaced_attribute
 
 VARIABLE = "MEGAGAMMA_MIRROR"
 HEADER = re.compile(r"---[ \t]*\n(.*?)\n---", re.DOTALL)
@@ -28,18 +28,18 @@ _NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def find_mirror(root: str | Path | None = None) -> Path | None:
-    """The mirror's folder, absolute: `root`, or else the value of the environment variable MEGAGAMMA_MIRROR, or None.
+    """The mirror's folder, absolute: `root`, or else the environment variable MEGAGAMMA_MIRROR, or None.
 
     Raises:
         EvaluationError: there is no such folder.
     """
-    value, source = (str(root), "mirror") if root else (os.environ.get(VARIABLE, ""), VARIABLE)
-    if not value:
+    given, where = (str(root), "mirror") if root else (os.environ.get(VARIABLE, ""), VARIABLE)
+    if not given:
         return None
-    folder = Path(value).expanduser().resolve()
+    folder = Path(given).expanduser().resolve()
     if not folder.is_dir():
         raise EvaluationError(
-            f"{source}={value}: there is no folder {folder}: give the folder that tools/fetch_benchmarks.py filled"
+            f"{where}={given}: there is no folder {folder}: give the folder that tools/fetch_benchmarks.py filled"
         )
     return folder
 
@@ -48,7 +48,7 @@ def is_hub_name(path: str | None) -> bool:
     """Whether `datasets.load_dataset(path)` would ask the hub: neither a local folder nor a file format's name."""
     if not path or not _NAME.fullmatch(path) or os.path.exists(path):
         return False
-    return not compat.is_file_format(path)
+    return not is_file_format(path)
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -66,13 +66,13 @@ def header(readme: Path) -> dict[str, list[str]]:
     except yaml.YAMLError:
         return {}
     configs = values.get("configs") if isinstance(values, dict) else None
-    by_config: dict[str, list[str]] = {}
+    patterns: dict[str, list[str]] = {}
     for config in configs if isinstance(configs, list) else []:
         if isinstance(config, dict) and "data_files" in config:
             base = str(config.get("data_dir") or "")
-            patterns = [f"{base}/{pattern}".lstrip("/") for pattern in _patterns(config["data_files"])]
-            by_config[str(config.get("config_name", "default"))] = patterns
-    return by_config
+            files = [f"{base}/{pattern}".lstrip("/") for pattern in _patterns(config["data_files"])]
+            patterns[str(config.get("config_name", "default"))] = files
+    return patterns
 
 
 def _patterns(files: Any) -> list[str]:
@@ -89,7 +89,7 @@ def _patterns(files: Any) -> list[str]:
 
 
 def patterns_of(configs: dict[str, list[str]], config: str | None) -> list[str] | None:
-    """Patterns of the files that a config needs; None where no header names any; empty where it lacks the config."""
+    """Patterns of the files that a config needs; None where no header names them; empty where it does not name the config."""
     if not configs:
         return None
     if config is None:
@@ -108,14 +108,14 @@ def holds(root: Path, name: str, config: str | None = None) -> bool:
 
 
 def require(
-    root: Path | None, datasets: Iterable[tuple[str, str | None, str | None]], names: Iterable[str] = ()
+    root: Path | None, datasets: Iterable[tuple[str, str | None, str | None]], requested: Iterable[str] = ()
 ) -> None:
     """Check, before any work is done, that the data of all tasks are in the mirror.
 
     Args:
         root: of the mirror; None checks nothing, since only the hub could answer.
         datasets: a task, the data set that its YAML names, and the set's config.
-        names: for the command that gets them, where they are shorter than the tasks'.
+        requested: names for the command that gets them, where they are shorter than the tasks'.
 
     Raises:
         EvaluationError: naming every set that is missing, where it should be, and the command that gets it.
@@ -127,16 +127,16 @@ def require(
         if name and is_hub_name(name) and not holds(root, name, config):
             lacking.setdefault(name, []).append(task)
     if lacking:
-        raise EvaluationError(_missing(root, lacking, names))
+        raise EvaluationError(_missing(root, lacking, requested))
 
 
-def _missing(root: Path, lacking: dict[str, list[str]], names: Iterable[str] = ()) -> str:
+def _missing(root: Path, lacking: dict[str, list[str]], requested: Iterable[str] = ()) -> str:
     parts = []
     for name, tasks in lacking.items():
         more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
         parts.append(f"{name} (for {', '.join(tasks[:3])}{more}) is not in {folder_of(root, name)}")
-    arguments = " ".join(names or (task for tasks in lacking.values() for task in tasks))
-    return f"mirror={root}: {'; '.join(parts)}: on a machine with a network run {command(arguments, root)}"
+    names = " ".join(requested or (task for tasks in lacking.values() for task in tasks))
+    return f"mirror={root}: {'; '.join(parts)}: on a machine with a network run {command(names, root)}"
 
 
 def command(tasks: str, root: Path | str = "ROOT") -> str:
@@ -157,12 +157,12 @@ def _local_arguments(folder: Path, name: str | None, options: dict[str, Any]) ->
 
     # What only makes sense for the hub.
     options = {key: value for key, value in options.items() if key not in ("revision", "token")}
-    # `datasets` identifies a folder by its last name and configs only, and would give the cached rows of another mirror, or
-    # of files that have changed since.
+    # `datasets` knows a folder by its last name and configs only, and would give the cached rows of another mirror, or of
+    # files that have changed since.
     cache = options.get("cache_dir") or datasets.config.HF_DATASETS_CACHE
     options["cache_dir"] = str(Path(cache) / "mirror" / _fingerprint(folder))
     if name and name != "default" and not header(folder / "README.md") and (folder / name).is_dir():
-        # Without a header a config is the folder of its name.
+        # Without a header a config is known by its folder.
         return {"path": str(folder), "data_dir": name, **options}
     return {"path": str(folder), "name": name, **options}
 
@@ -171,7 +171,7 @@ def _local_arguments(folder: Path, name: str | None, options: dict[str, Any]) ->
 def reading(root: Path | None, task: str = "X") -> Iterator[None]:
     """Within it `datasets.load_dataset` reads the hub's data sets from a mirror; with root None it asks the hub.
 
-    Both report in one sentence what is missing. Files and folders of this machine are read as always.
+    Either way one sentence names what is missing. Files and folders of this machine are read as ever.
 
     Args:
         root: from `find_mirror`.
@@ -204,7 +204,7 @@ def reading(root: Path | None, task: str = "X") -> Iterator[None]:
                 "after deleting the folder"
             ) from error
 
-    with compat.replaced_attribute(datasets, "load_dataset", load):
+    with replaced_attribute(datasets, "load_dataset", load):
         try:
             yield
         finally:
