@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megagamma.data.preparation.corpus import Source
 from megagamma.data.preparation.prepare import PrepareSettings, prepare
-from megagamma.data.preparation.source import Source
 from megagamma.errors import DataError
 from megagamma.evaluation.continuation import write_continuation
 
