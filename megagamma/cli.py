@@ -30,19 +30,23 @@ def _rank() -> int:
         return 0
 
 
+def ignore_library_warnings() -> None:
+    """Without what Megatron-core and DeepSpeed warn of on import, extensions that are not there, and the deprecations that
+    they cause inside torch: nothing that a user could fix."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed)\.")
+
+
 def main_guard(function: Callable[[], int | None]) -> int:
     """Run a program: a user's error becomes one line on standard error and its exit code.
 
-    Of several ranks that meet the same error only the first speaks; one that is alone with it (`on_one_rank`) does.
+    Of several ranks with the same error only the first prints it; so does one that is alone with it (`on_one_rank`).
 
     Returns:
         The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
     """
     let_waiting_threads_sleep()
-    # What Megatron-core and DeepSpeed say on import about extensions that are not there, and the deprecations that
-    # they cause inside torch: nothing that a user could fix.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed)\.")
+    ignore_library_warnings()
     try:
         return function() or 0
     except MegagammaError as error:

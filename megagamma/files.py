@@ -1,17 +1,23 @@
-"""Writes that matter: a file under its final name is complete, or it is not there."""
+"""Atomic writes: a file or folder under its final name is complete, or it is not there.
+
+A folder is written under a hidden name beside its place, `.NAME.partial`, and renamed when it is complete. A folder
+that it replaces is set aside as `.NAME.replaced` for the moment of the rename.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
-from megagamma.errors import MegagammaError
+from megagamma.errors import ConfigurationError, MegagammaError
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -23,49 +29,55 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file atomically: to a temporary name beside it, synced, then renamed.
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A temporary file beside `path`, which takes its name, complete and synced, when the block ends well.
+
+    Args:
+        mode: "w" for UTF-8 text, "wb" for bytes.
 
     Raises:
-        MegagammaError: the folder cannot be written or the disk is full; what was there stays.
+        MegagammaError: the folder cannot be written or the disk is full. After any error what was there stays.
     """
-    path = Path(path)
-    temporary = None
+    path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        encoding = None if "b" in mode else "utf-8"
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             temporary = file.name
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        temporary = None
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise MegagammaError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file atomically, as UTF-8.
+
+    Raises:
+        MegagammaError: the folder cannot be written or the disk is full; what was there stays.
+    """
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
-    """Copy a file atomically: to a temporary name beside its place, synced, then renamed.
+    """Copy a file atomically.
 
     Raises:
         MegagammaError: it cannot be written; what was there stays.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as read, open(temporary, "wb") as file:
-            shutil.copyfileobj(read, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MegagammaError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
+    with atomic_file(path, "wb") as file, open(source, "rb") as content:
+        shutil.copyfileobj(content, file)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -80,19 +92,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
         MegagammaError: it is missing, cannot be read, or is no JSON object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise MegagammaError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise MegagammaError(f"{path}: cannot be read: must be a JSON object, not {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise MegagammaError(f"{path}: cannot be read: must be a JSON object, not {type(value).__name__}")
+    return value
 
 
 def advice(error: OSError) -> str:
     """What a user can do about a file that cannot be written."""
-    import errno
-
-    known = {
+    hints = {
         errno.ENOSPC: "free some space on the disk or choose another folder",
         errno.EDQUOT: "the quota is used up: free some space or choose another folder",
         errno.EROFS: "the file system is read-only: choose another folder",
@@ -100,14 +110,14 @@ def advice(error: OSError) -> str:
         errno.ENOTDIR: "a file stands where a folder is needed: choose another folder",
         errno.EEXIST: "a file stands where a folder is needed: choose another folder",
     }
-    return known.get(error.errno or 0, "choose another folder")
+    return hints.get(error.errno or 0, "choose another folder")
 
 
-def require_writable(folder: str | Path, knob: str) -> Path:
+def require_writable(folder: str | Path, option: str) -> Path:
     """Create a folder and prove that a file can be written in it.
 
     Raises:
-        MegagammaError: naming the knob, the folder and the reason.
+        MegagammaError: naming the option, the folder and the reason.
     """
     folder = Path(folder)
     try:
@@ -117,7 +127,7 @@ def require_writable(folder: str | Path, knob: str) -> Path:
             probe.flush()
             os.fsync(probe.fileno())
     except OSError as error:
-        raise MegagammaError(f"{knob}={folder}: cannot be written ({error.strerror}): {advice(error)}") from error
+        raise MegagammaError(f"{option}={folder}: cannot be written ({error.strerror}): {advice(error)}") from error
     return folder
 
 
@@ -204,3 +214,121 @@ class JsonLines:
         with open(self.path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
+
+
+def hidden_name(folder: Path, suffix: str) -> Path:
+    """`.NAME.suffix` beside a folder."""
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def publish_directory(partial: Path, final: Path, replace: bool = True) -> None:
+    """Give a complete folder its final name, durably.
+
+    The files must be synced by whoever wrote them. A folder of that name is set aside first: it is put back when the
+    rename fails, and by `recover_directory` after a kill.
+
+    Args:
+        partial: on the same file system as `final`.
+        replace: take the place of a folder that holds something; else only of an empty one.
+
+    Raises:
+        OSError: the disk refuses, or a folder is there that may not be replaced. What was there stays.
+    """
+    for folder, _, _ in os.walk(partial):
+        sync_folder(folder)
+    old = hidden_name(final, "replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if replace and final.exists():
+        final.rename(old)
+    try:
+        partial.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_directory(final: Path) -> None:
+    """Put back a folder that `publish_directory` had set aside when the process was killed."""
+    old = hidden_name(final, "replaced")
+    if old.exists() and not final.exists():
+        old.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_directory(folder: Path) -> None:
+    """Delete a folder so that it is never seen half deleted: it is hidden first.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    to_delete = hidden_name(folder, "deleted")
+    folder.rename(to_delete)
+    shutil.rmtree(to_delete, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def directory_lock(output: Path, option: str = "--out", waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold `.NAME.lock` beside a folder, so that one process at a time writes it.
+
+    Args:
+        option: named in the error.
+        waiting: called when another process holds the lock, before waiting for it. None: do not wait.
+
+    Raises:
+        ConfigurationError: another process holds the lock, and `waiting` is None.
+        OSError: the lock's file cannot be written.
+    """
+    import filelock
+
+    path = hidden_name(output, "lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        if waiting is None:
+            raise ConfigurationError(
+                f"{option} {output}: another process writes it now: wait, or choose another folder"
+            ) from None
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if waiting is None:  # a process that waits may have opened the file already, and would lock it in vain
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    output: Path, option: str = "--out", may_replace: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """A hidden folder beside `output` to write into, which takes its name when the block ends well.
+
+    After an error nothing is left but what was there before. One process at a time.
+
+    Args:
+        output: folder to write; an empty one of that name is replaced.
+        option: named in errors.
+        may_replace: whether a folder of that name that holds something is replaced too. None: never.
+
+    Raises:
+        MegagammaError: another process writes the same folder, or the disk refuses.
+    """
+    require_writable(output.parent, option)
+    partial = hidden_name(output, "partial")
+    try:
+        with directory_lock(output, option):
+            try:
+                recover_directory(output)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+                publish_directory(partial, output, replace=may_replace is not None and may_replace(output))
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise MegagammaError(f"{output}: cannot be written ({error.strerror or error}): {advice(error)}") from error

@@ -28,11 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     from megagamma.planning.memory import check_fits
 
     check_fits(config, size)
-    from megagamma.distributed.peers import explain_lost_contact
+    from megagamma.distributed.peers import explain_peer_failure
     from megagamma.distributed.runtime import Runtime
     from megagamma.job import train
 
-    with explain_lost_contact(config.run.timeout_minutes):
+    with explain_peer_failure(config.run.timeout_minutes):
         code = train(config)
         Runtime.close()
         return code

@@ -40,8 +40,8 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_error_is_one_line_and_code_2(kind: type[MegagammaError], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main_guard(raising(kind("knob=3 must be 4: use 4"))) == 2
-    assert capsys.readouterr() == ("", "error: knob=3 must be 4: use 4\n")
+    assert main_guard(raising(kind("option=3 must be 4: use 4"))) == 2
+    assert capsys.readouterr() == ("", "error: option=3 must be 4: use 4\n")
 
 
 def test_guard_has_its_own_code() -> None:
@@ -59,7 +59,7 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_our_own_faults_keep_their_traceback() -> None:
-    """What no user can mend must not be dressed up as advice."""
+    """What no user can fix must not be dressed up as advice."""
     with pytest.raises(ZeroDivisionError):
         main_guard(raising(ZeroDivisionError()))
 
@@ -109,7 +109,7 @@ def pretrain(root: Path, *arguments: str, **environment: str) -> subprocess.Comp
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.hiden_size", "3"], "error: model.hiden_size is not a knob: did you mean model.hidden_size?"),
+        (["--model.hiden_size", "3"], "error: model.hiden_size is not an option: did you mean model.hidden_size?"),
         (["--model.num_query_groups", "3"], "error: model.num_query_groups=3 must divide model.num_attention_heads=4"),
         (["--config", "missing.yaml"], "error: --config missing.yaml: there is no such file"),
         (["--parallel.memory_gib", "0.01"], "error: parallel.memory_gib=0.01: a rank of pipeline stage 0 needs"),

@@ -72,7 +72,7 @@ def test_an_installed_wheel_trains_outside_the_tree(installed: Path, tmp_path: P
     script = installed / "bin" / "megagamma"
     checked = run(installed, tmp_path, script, "checkpoint", "verify", "runs/tiny")
     assert checked.returncode == 0, checked.stderr
-    assert "newest sound checkpoint: runs/tiny/checkpoints/step_00000002" in checked.stdout
+    assert "newest valid checkpoint: runs/tiny/checkpoints/step_00000002" in checked.stdout
     # What needs the source tree says so.
     refused = run(installed, tmp_path, script, "demo")
     assert refused.returncode == 2

@@ -1,6 +1,6 @@
-"""Looking at checkpoints: what is in one, whether it is sound, and where two differ.
+"""Looking at checkpoints: what is in one, whether it is valid, and where two differ.
 
-Works on files alone, one tensor at a time and of that a piece at a time: neither a model nor its memory is needed.
+Works on files alone, one tensor at a time and of that a chunk at a time: neither a model nor its memory is needed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megagamma.checkpoint.reader import CheckpointReader, folder_name, read_manifest, steps_saved, verify
+from megagamma.checkpoint.reader import CheckpointReader, read_manifest, verify
 from megagamma.config.io import current_form
 from megagamma.errors import CheckpointError
+from megagamma.initialization.report import WeightStatistics
+from megagamma.runs.folder import RunFolder, folder_name, kind_of_folder, steps_saved
 
-_PIECE = 1 << 22  # elements that are looked at together; unit: 32 MiB of float64
+_CHUNK = 1 << 22  # elements that are looked at together; unit: 32 MiB of float64
 
 
 def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:
@@ -32,11 +34,12 @@ def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such folder: give a checkpoint's, or a run's")
-    if (path / "checkpoint.json").exists() or re.fullmatch(r"step_\d{8}", path.resolve().name):
+    kind = kind_of_folder(path)
+    if kind == "checkpoint":
         if step is not None and path.resolve().name != folder_name(step):
             raise CheckpointError(f"--step {step}: {path} is one checkpoint: give the run's folder")
         return [path]
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = RunFolder(path).checkpoints if kind == "run" else path
     steps = steps_saved(root)
     if not steps:
         raise CheckpointError(f"{path}: holds no finished checkpoint: give a checkpoint's folder, or a run's")
@@ -51,15 +54,15 @@ def natural(name: str) -> tuple[Any, ...]:
     return (not name.startswith("model."), *(int(part) if part.isdigit() else part for part in parts))
 
 
-def _pieces(tensor: Tensor) -> list[Tensor]:
-    return list(tensor.reshape(-1).split(_PIECE))
+def _chunks(tensor: Tensor) -> list[Tensor]:
+    return list(tensor.reshape(-1).split(_CHUNK))
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """What is in a checkpoint, as plain values: units in the names. The table does not depend on the layout.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is corrupt.
     """
     reader = CheckpointReader(folder)
     manifest, weights = reader.manifest, 0
@@ -67,21 +70,16 @@ def describe(folder: Path) -> dict[str, Any]:
     verify(folder, manifest, full=False)
     for name in sorted(reader.names(), key=natural):
         tensor = reader.read("weight", name)
-        total = square = 0.0
-        bad = 0
-        for piece in _pieces(tensor):
-            wide = piece.double()
-            total, square = total + float(wide.sum()), square + float(wide.square().sum())
-            bad += int((~wide.isfinite()).sum())
-        count = max(tensor.numel(), 1)
+        statistics = WeightStatistics.of(tensor)
+        bad = sum(int((~chunk.isfinite()).sum()) for chunk in _chunks(tensor))
         weights += tensor.numel()
         rows.append(
             {
                 "name": name,
                 "shape": list(tensor.shape),
                 "dtype": str(tensor.dtype).removeprefix("torch."),
-                "std": math.sqrt(max(square / count - (total / count) ** 2, 0.0)) if not bad else math.nan,
-                "rms": math.sqrt(square / count) if not bad else math.nan,
+                "std": statistics.std if not bad else math.nan,
+                "rms": statistics.rms if not bad else math.nan,
                 "not_finite": bad,
             }
         )
@@ -110,7 +108,7 @@ def verify_files(folder: Path, full: bool = True) -> list[dict[str, Any]]:
         full: checksums too, not only sizes.
 
     Returns:
-        File and problem ("" for a sound one), for the manifest and then every file that it lists.
+        File and problem ("" for a valid one), for the manifest and then every file that it lists.
     """
     try:
         manifest = read_manifest(folder)
@@ -145,7 +143,7 @@ class TensorDifference:
 def compare_tensors(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Largest absolute and relative difference of two tensors of one shape, as in `TensorDifference`."""
     absolute = largest = 0.0
-    for left, right in zip(_pieces(a), _pieces(b), strict=True):
+    for left, right in zip(_chunks(a), _chunks(b), strict=True):
         left, right = left.double(), right.double()
         same = (left == right) | (left.isnan() & right.isnan())
         gap = (left - right).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -161,7 +159,7 @@ def compare(folder_a: Path, folder_b: Path) -> list[TensorDifference]:
     """Every weight and moment of two checkpoints, in the order of the model, kind by kind.
 
     Raises:
-        CheckpointError: one is damaged.
+        CheckpointError: one is corrupt.
     """
     a, b = CheckpointReader(folder_a), CheckpointReader(folder_b)
     for reader in (a, b):
@@ -189,10 +187,10 @@ def compare(folder_a: Path, folder_b: Path) -> list[TensorDifference]:
 
 
 def config_differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Knobs that differ between two checkpoints' configs, as `section.key: a -> b`; those of older formats too."""
+    """Options that differ between two checkpoints' configs, as `section.key: a -> b`; those of older formats too."""
     found = []
     for key in dict.fromkeys([*a, *b]):
-        left, right = a.get(key, "(not a knob)"), b.get(key, "(not a knob)")
+        left, right = a.get(key, "(not an option)"), b.get(key, "(not an option)")
         if not prefix and isinstance(left, dict) and isinstance(right, dict):
             found += config_differences(left, right, f"{key}.")
         elif left != right:
@@ -209,7 +207,7 @@ def difference(folder_a: Path, folder_b: Path, tolerance: float = 0.0) -> dict[s
         tolerance: a tensor differs when its relative difference is larger.
 
     Raises:
-        CheckpointError: one is damaged.
+        CheckpointError: one is corrupt.
     """
     first, second = read_manifest(folder_a), read_manifest(folder_b)
     tensors = compare(folder_a, folder_b)

@@ -1,4 +1,4 @@
-"""Reading checkpoints by logical name (`megagamma.checkpoint.saver` tells the format). No model is needed for it.
+"""Reading checkpoints by logical name (`megagamma.checkpoint.saver` describes the format). No model is needed for it.
 
 Tools that look at a checkpoint import this file alone, which brings in neither Megatron nor DeepSpeed.
 """
@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """checkpoint.json of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of a newer format.
+        CheckpointError: there is none, it is corrupt, or of a newer format.
     """
     path = folder / "checkpoint.json"
     try:
@@ -61,8 +61,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def remedy(folder: Path) -> str:
-    """What a user can do about a checkpoint that is damaged."""
-    return f"copy it again, or delete {folder.name} to go on from the checkpoint before it"
+    """What a user can do about a checkpoint that is corrupt."""
+    return f"copy it again, or delete {folder.name} to resume from the checkpoint before it"
 
 
 def verify(folder: Path, manifest: dict[str, Any], full: bool = True, share: tuple[int, int] = (0, 1)) -> None:

@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 _ALIGNMENT = 8
-_PIECE = 1 << 20  # numbers that are converted at a time
+_CHUNK = 1 << 20  # numbers that are converted at a time
 # safetensors' name and bytes of a number.
 DTYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2)}
 
@@ -49,7 +49,7 @@ class ShardWriter:
         self._digest.update(data)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor, rounded to the file's dtype piece by piece.
+        """Append the next tensor, rounded to the file's dtype chunk by chunk.
 
         Raises:
             ValueError: it is not the one announced.
@@ -57,8 +57,8 @@ class ShardWriter:
         expected, shape = self._expected.pop(0)
         if name != expected or tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"{self.path.name}: expected {expected} {shape}, was given {name} {tuple(tensor.shape)}")
-        for piece in tensor.detach().reshape(-1).split(_PIECE):
-            values = piece.to("cpu", self._dtype).contiguous()
+        for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+            values = chunk.to("cpu", self._dtype).contiguous()
             self._put(values.view(torch.uint8).numpy().data)
 
     def close(self) -> tuple[int, str]:

@@ -8,7 +8,7 @@ folder under its final name is whole. `torch.distributed.checkpoint` reads it wi
 writer is not used, since it wants the whole state at once, where here one tensor at a time is gathered.
 
 Every rank writes a share of the logical tensors. To do so it gathers one tensor at a time, over the data-parallel
-ranks that ZeRO has spread it over and the tensor-parallel ranks that it is split over.
+ranks that ZeRO has partitioned it over and the tensor-parallel ranks that it is split over.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import KINDS
 from megagamma.errors import CheckpointError
-from megagamma.files import advice, sync_folder, write_json
+from megagamma.files import advice, publish_directory, remove_directory, write_json
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _WorkUnit:
     """A logical tensor as one of this rank's tensors holds it, and who writes it."""
 
     tensor: MappedTensor
@@ -53,19 +53,19 @@ class _Piece:
     tensor_owner: int
 
 
-def _pieces(engine: Engine) -> list[_Piece]:
+def _work_units(engine: Engine) -> list[_WorkUnit]:
     """What this pipeline stage writes, in the same order on all its ranks; owners take turns."""
     runtime = engine.runtime
-    found: list[_Piece] = []
+    units: list[_WorkUnit] = []
     for tensor in engine.map:
         if tensor.is_copy:
             continue
         for name in dict.fromkeys(part.logical.name for part in tensor.parts):
             parts = tuple(part for part in tensor.parts if part.logical.name == name)
-            number = len(found)
+            number = len(units)
             split = tensor.is_split and runtime.tensor_size > 1
-            found.append(
-                _Piece(
+            units.append(
+                _WorkUnit(
                     tensor,
                     parts[0].logical,
                     parts,
@@ -73,31 +73,31 @@ def _pieces(engine: Engine) -> list[_Piece]:
                     tensor_owner=number % runtime.tensor_size if split else 0,
                 )
             )
-    return found
+    return units
 
 
-def _assemble(piece: _Piece, local: Tensor, runtime: Runtime) -> Tensor | None:
+def _assemble(unit: _WorkUnit, local: Tensor, runtime: Runtime) -> Tensor | None:
     """The whole logical tensor on its owner; None on the other tensor-parallel ranks."""
-    slab = torch.cat([part.view(local) for part in piece.parts]).contiguous()
-    axis = piece.logical.split_axis
+    shard = torch.cat([part.view(local) for part in unit.parts]).contiguous()
+    axis = unit.logical.split_axis
     if axis is None or runtime.tensor_size == 1:
-        return slab if runtime.tensor_rank == piece.tensor_owner else None
+        return shard if runtime.tensor_rank == unit.tensor_owner else None
     group = runtime.tensor_group
-    mine = runtime.tensor_rank == piece.tensor_owner
-    slabs = [torch.empty_like(slab) for _ in range(runtime.tensor_size)] if mine else None
-    dist.gather(slab, slabs, dst=dist.get_global_rank(group, piece.tensor_owner), group=group)
-    return torch.cat(slabs, dim=axis) if slabs is not None else None
+    is_owner = runtime.tensor_rank == unit.tensor_owner
+    shards = [torch.empty_like(shard) for _ in range(runtime.tensor_size)] if is_owner else None
+    dist.gather(shard, shards, dst=dist.get_global_rank(group, unit.tensor_owner), group=group)
+    return torch.cat(shards, dim=axis) if shards is not None else None
 
 
 def _owned(engine: Engine) -> dict[str, list[LogicalParameter]]:
     """What this rank writes, by kind, in the order in which `whole_tensors` gives it."""
     runtime = engine.runtime
-    mine = [
-        piece.logical
-        for piece in _pieces(engine)
-        if (piece.data_owner, piece.tensor_owner) == (runtime.data_rank, runtime.tensor_rank)
+    logical = [
+        unit.logical
+        for unit in _work_units(engine)
+        if (unit.data_owner, unit.tensor_owner) == (runtime.data_rank, runtime.tensor_rank)
     ]
-    return dict.fromkeys(KINDS, mine) if mine else {}
+    return dict.fromkeys(KINDS, logical) if logical else {}
 
 
 def whole_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, Tensor]]:
@@ -105,18 +105,18 @@ def whole_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tu
 
     A collective: all ranks must run it to its end.
     """
-    runtime, pieces = engine.runtime, _pieces(engine)
+    runtime, units = engine.runtime, _work_units(engine)
     for kind in kinds:
         local, current = None, None
-        for piece in pieces:
-            if piece.tensor is not current:
-                local, current = engine.state.get(piece.tensor, kind), piece.tensor
-            if piece.data_owner != runtime.data_rank:
+        for unit in units:
+            if unit.tensor is not current:
+                local, current = engine.state.get(unit.tensor, kind), unit.tensor
+            if unit.data_owner != runtime.data_rank:
                 continue
             assert local is not None
-            whole = _assemble(piece, local, runtime)
+            whole = _assemble(unit, local, runtime)
             if whole is not None:
-                yield kind, piece.logical.name, whole
+                yield kind, unit.logical.name, whole
 
 
 def _write_files(
@@ -153,7 +153,7 @@ def _write_files(
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time: at once, or in a thread while training goes on."""
+    """Writes a run's checkpoints, one at a time: at once, or in a thread while training continues."""
 
     def __init__(self, engine: Engine, root: Path) -> None:
         """Args: root: folder of the run's checkpoints."""
@@ -255,11 +255,7 @@ class Saver:
         def publish() -> None:
             files = [entry for files, _ in found for entry in files]
             write_json(partial / "checkpoint.json", {**self._manifest, "files": files})
-            sync_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            sync_folder(self.root)
+            publish_directory(partial, final)
 
         self.runtime.run_on_rank0(lambda: _explained(publish, partial))
         return final
@@ -278,9 +274,7 @@ def prune(root: Path, keep_last: int, permanent: set[int]) -> list[int]:
         return []
     removable = [step for step in steps_saved(root) if step not in permanent][:-keep_last]
     for step in removable:
-        doomed = root / f".{folder_name(step)}.deleted"
-        (root / folder_name(step)).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_directory(root / folder_name(step))
     return removable
 
 
@@ -288,15 +282,15 @@ def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, lis
     """The newest checkpoint whose files are what was written; all ranks call it and share the checking.
 
     Args:
-        go_back: when the newest is damaged, take the one before.
+        go_back: when the newest is corrupt, take the one before.
 
     Raises:
-        CheckpointError: the newest is damaged and `go_back` is off, or all are.
+        CheckpointError: the newest is corrupt and `go_back` is off, or all are.
 
     Returns:
         Its folder, and what was wrong with the newer ones; None when there is no checkpoint.
     """
-    damaged: list[str] = []
+    corrupt: list[str] = []
     for step in reversed(runtime.run_on_rank0(lambda: steps_saved(root))):
         folder, problem = root / folder_name(step), None
         try:
@@ -305,12 +299,12 @@ def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, lis
             problem = str(error)
         problems = [one for one in runtime.gather(problem) if one]
         if not problems:
-            return folder, damaged
+            return folder, corrupt
         if not go_back:
             raise CheckpointError(f"{problems[0]}, or let --checkpoint.on_damage previous choose it")
-        damaged.append(problems[0])
-    if damaged:
-        raise CheckpointError(f"every checkpoint in {root} is damaged; the newest: {damaged[0]}")
+        corrupt.append(problems[0])
+    if corrupt:
+        raise CheckpointError(f"every checkpoint in {root} is corrupt; the newest: {corrupt[0]}")
     return None
 
 
@@ -318,7 +312,7 @@ def load(engine: Engine, folder: Path) -> dict[str, Any]:
     """Fill an engine's weights and moments from a checkpoint of any layout; all ranks call it.
 
     Args:
-        folder: a sound checkpoint, see `newest_valid`.
+        folder: a valid checkpoint, see `newest_valid`.
 
     Raises:
         CheckpointError: it is of another model.

@@ -35,7 +35,7 @@ def run(words: list[str]) -> int:
     """
     commands = modules()
     if not words or words[0] in ("-h", "--help", "help"):
-        print("usage: megagamma COMMAND [ARGUMENTS]        (megagamma COMMAND --help tells its arguments)\n")
+        print("usage: megagamma COMMAND [ARGUMENTS]        (megagamma COMMAND --help lists its arguments)\n")
         for name, module in commands.items():
             print(f"  {name:<18}{summary(module)}")
         return 0

@@ -279,7 +279,7 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the asked benchmarks and print one line each."""
+    """Run the requested benchmarks and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["init", "train", "checkpoint", "convert"]
     parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")

@@ -1,11 +1,11 @@
-"""Look at checkpoints without a model: what is in one, whether it is sound, where two differ.
+"""Look at checkpoints without a model: what is in one, whether it is valid, where two differ.
 
     megagamma checkpoint inspect runs/mine                   # the newest; --step 500 for another
-    megagamma checkpoint verify runs/mine                    # all of the run, and the newest sound one
+    megagamma checkpoint verify runs/mine                    # all of the run, and the newest valid one
     megagamma checkpoint diff runs/a runs/b --tolerance 1e-5
 
 A PATH is a checkpoint's folder or a run's. Exit codes: 0; 1 when `diff` finds tensors that differ by more than the
-tolerance; 2 when a checkpoint is damaged (the file is named) or not there. Knobs that differ are shown by `diff`, but
+tolerance; 2 when a checkpoint is corrupt (the file is named) or not there. Options that differ are shown by `diff`, but
 do not count: two runs have different folders at least.
 """
 
@@ -43,7 +43,7 @@ def inspect(known: argparse.Namespace) -> dict[str, Any]:
 
 
 def verify(known: argparse.Namespace) -> dict[str, Any]:
-    """Print the state of every file. The error about damage is left to `main`, which writes the JSON first."""
+    """Print the state of every file. The error about corruption is left to `main`, which writes the JSON first."""
     checked = []
     for folder in checkpoint_folders(known.path, known.step):
         rows = verify_files(folder, full=not known.quick)
@@ -52,7 +52,7 @@ def verify(known: argparse.Namespace) -> dict[str, Any]:
         for row in rows:
             print(f"  {row['file']:<36}{row['problem'] or 'ok'}")
     newest = next((one["folder"] for one in reversed(checked) if one["sound"]), None)
-    print(f"newest sound checkpoint: {newest or 'none'}" + (" (sizes only)" if known.quick else ""))
+    print(f"newest valid checkpoint: {newest or 'none'}" + (" (sizes only)" if known.quick else ""))
     return {"checkpoints": checked, "newest_sound": newest, "quick": known.quick}
 
 
@@ -64,8 +64,8 @@ def diff(known: argparse.Namespace) -> dict[str, Any]:
     found = difference(first, second, tolerance=known.tolerance)
     for folder, step, samples in zip(found["folders"], found["steps"], found["samples"], strict=True):
         print(f"{folder}: step {step:,}, {samples:,} samples")
-    for knob in found["knobs"]:
-        print(f"knob  {knob}")
+    for option in found["knobs"]:
+        print(f"option  {option}")
     rows = found["different"]
     if rows:
         width = max(len(row["name"]) for row in rows) + 2

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 
 from megagamma.files import write_json, write_text
-from megagamma.runs.compare import as_table, comparison, plot, read_run
+from megagamma.reporting.comparison import as_table, plot
+from megagamma.runs.compare import comparison, read_run
 
 
 def main(arguments: list[str] | None = None) -> int:

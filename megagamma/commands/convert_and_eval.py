@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--mirror", type=Path, help="folder of data sets in place of the hub (or MEGAGAMMA_MIRROR)")
     score.add_argument("--batch_size", default="8", help="requests in one pass, or auto on a GPU (default 8)")
     score.add_argument("--seed", type=int, default=1234, help="of the choice of few-shot examples (default 1234)")
-    score.add_argument("--parallelize", action="store_true", help="spread the layers over this machine's GPUs")
+    score.add_argument("--parallelize", action="store_true", help="place the layers over this machine's GPUs")
     score.add_argument("--rescore", action="store_true", help="score even what was scored before")
     score.add_argument("--list_tasks", action="store_true", help="print the tasks and few-shot counts, and stop")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:1")
@@ -131,12 +131,12 @@ def _wanted_steps(run: Path, wanted: str) -> list[int]:
 
 def _job_of_folder(path: Path, run: str, known: argparse.Namespace) -> Job:
     """A Hugging Face folder."""
-    from megagamma.huggingface.export import folder_identity
+    from megagamma.huggingface.provenance import folder_hash
 
     for flag, given in (("--convert_only", known.convert_only), ("--out", known.out)):
         if given:
             raise ConfigurationError(f"{path}: is a Hugging Face folder already: leave out {flag}")
-    scores = known.eval_out / f"{path.name}-{folder_identity(path)[:8]}" if known.eval_out else path / "eval"
+    scores = known.eval_out / f"{path.name}-{folder_hash(path)[:8]}" if known.eval_out else path / "eval"
     return Job(None, run, path, scores, known.eval_out or Path.cwd() / "eval")
 
 
@@ -157,11 +157,11 @@ def _home(path: Path) -> Path:
 def _check_converted(folder: Path, checkpoint: Path) -> None:
     """Refuse to score, in a checkpoint's name, what is not its conversion."""
     from megagamma.checkpoint.reader import CheckpointReader
-    from megagamma.huggingface.export import exported_origin, weights_identity
+    from megagamma.huggingface.provenance import exported_provenance, weights_hash
 
     if not (folder / "config.json").exists():
         raise ConfigurationError(f"{folder}: is not there: convert it first, without --eval_only")
-    if exported_origin(folder).get("weights") != weights_identity(CheckpointReader(checkpoint)):
+    if exported_provenance(folder).get("weights") != weights_hash(CheckpointReader(checkpoint)):
         raise ConfigurationError(
             f"{folder}: is not the conversion of {checkpoint}: convert it again, without --eval_only"
         )
@@ -248,7 +248,7 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
     """Everything about scoring that can be wrong, before an hour of conversion.
 
     Raises:
-        MegagammaError: what must be mended.
+        MegagammaError: what must be fixed.
     """
     from megagamma.evaluation.harness import checked_limit
     from megagamma.files import read_json, require_writable
@@ -266,22 +266,20 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
         require_writable(job.scores, "--eval_out")
 
 
-def score(jobs: list[Job], known: argparse.Namespace) -> int:
+def score(jobs: list[Job], known: argparse.Namespace, plan: Any) -> int:
     """Score converted models; prints and writes tables. Returns the exit code."""
     from megagamma.evaluation.curves import Scored, table, write
     from megagamma.evaluation.harness import evaluate
-    from megagamma.evaluation.tasks import TaskRequest
-    from megagamma.huggingface.export import exported_origin, folder_identity
+    from megagamma.huggingface.provenance import exported_provenance, folder_hash
 
-    request = TaskRequest(known.tasks, known.include_path)
     items, failed = [], 0
     for job in jobs:
         print(f"\nscoring {job.folder}", flush=True)
-        origin = exported_origin(job.folder)
+        origin = exported_provenance(job.folder)
         scores = evaluate(
             str(job.folder),
-            request,
-            identity=folder_identity(job.folder),
+            plan,
+            content_hash=folder_hash(job.folder),
             output=job.scores,
             limit=known.limit,
             seed=known.seed,
@@ -304,7 +302,7 @@ def score(jobs: list[Job], known: argparse.Namespace) -> int:
 
 
 def _quiet_transformers() -> None:
-    """Errors only: this program tells itself what it does."""
+    """Errors only: this program logs itself what it does."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -334,12 +332,12 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigurationError(
             "several processes cannot convert one model: convert first with one, then use --eval_only"
         )
-    device = _device(known)
+    device, plan = _device(known), None
     if not known.convert_only:
         # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
         from megagamma.evaluation.tasks import check
 
-        check(known.tasks, known.include_path, known.mirror)
+        plan = check(known.tasks, known.include_path, known.mirror)
         check_scoring(jobs, known)
     import torch
 
@@ -350,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in jobs:
             if job.checkpoint is not None:
                 convert(job, known, device)
-    return 0 if known.convert_only else score(jobs, known)
+    return 0 if known.convert_only else score(jobs, known, plan)
 
 
 def _device(known: argparse.Namespace) -> str:

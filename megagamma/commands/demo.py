@@ -20,24 +20,32 @@ from pathlib import Path
 from megagamma.cli import source_tree
 from megagamma.errors import MegagammaError
 from megagamma.files import write_json, write_text
+from megagamma.reporting.comparison import as_table, plot
 from megagamma.reporting.log import duration
-from megagamma.runs.compare import as_table, comparison, plot, read_run
+from megagamma.runs.compare import comparison, read_run
 
 GAMMAS = (1.0, 0.5)
 # Relative to the source tree, as all paths here.
 OUTPUT = Path("runs/demo")
 
 
+def _launcher_environment() -> dict[str, str]:
+    """This process's environment, in which DeepSpeed's launcher need not warn that it sees no GPU."""
+    import torch
+
+    return dict(os.environ) if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", **os.environ}
+
+
 def train(gamma: float, arguments: list[str]) -> Path:
     """One arm, through the DeepSpeed launcher as a user would start it; returns its folder, relative to the source tree."""
     folder = Path("runs") / f"demo-gamma{gamma:g}"
     command = [
-        *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "warning", "--num_gpus", "1"),
+        *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error", "--num_gpus", "1"),
         "megagamma/pretrain.py",
         *("--config", "configs/demo.yaml", "--init.gamma", str(gamma), "--run.folder", str(folder), *arguments),
     ]
-    print(f"\n== gamma {gamma:g}: {' '.join(command[3:])}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    print(f"\n== gamma {gamma:g}: deepspeed {' '.join(command[3:])}", flush=True)
+    code = subprocess.run(command, check=False, env=_launcher_environment()).returncode
     if code:
         raise MegagammaError(f"the run with gamma {gamma:g} ended with exit code {code}; see its messages above")
     return folder

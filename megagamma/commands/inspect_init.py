@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 def parser() -> jsonargparse.ArgumentParser:
-    """All knobs of a run, and this program's own options."""
+    """All options of a run, and this program's own options."""
     found = build_parser(None, __doc__ or "")
     found.add_argument("--world_size", type=int, default=1, help="Processes of the run. (default: 1)")
     found.add_argument("--tensor-level", action="store_true", help="One row per matrix in place of one per role.")
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, inspect, print."""
     namespace = parse_namespace(parser(), arguments)
     config = config_of(namespace)
-    # torch is imported only now, so that --help and a mistyped knob are answered at once.
+    # torch is imported only now, so that --help and a mistyped option are answered at once.
     from megagamma.files import write_json
     from megagamma.initialization.report import NormSaturation, saturation_lines
     from megagamma.planning.memory import check_fits

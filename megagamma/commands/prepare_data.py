@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
             "text per part, the unit of parallel work and of resuming (default: 4); the result does not depend on it"
         ),
     )
-    group.add_argument("--overwrite", action="store_true", help="replace a prepared folder that differs or is damaged")
+    group.add_argument("--overwrite", action="store_true", help="replace a prepared folder that differs or is corrupt")
 
     group = parser.add_argument_group("other tasks")
     group.add_argument("--verify", metavar="DIR", help="check a prepared folder, checksums included, and exit")

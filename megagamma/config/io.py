@@ -23,7 +23,7 @@ from megagamma.config.resolve import resolve, validate
 from megagamma.config.schema import ROLES, Config
 from megagamma.errors import ConfigurationError
 
-# Names of earlier or neighbouring tools, so that a user of those is told ours.
+# Names of earlier or neighbouring tools, so that a user of those learns ours.
 _SYNONYMS = {
     "model.n_layer": "model.num_layers",
     "model.n_head": "model.num_attention_heads",
@@ -89,7 +89,7 @@ def build_parser(program: str | None = None, description: str = "") -> jsonargpa
 
 
 def _explain(error: BaseException) -> str:
-    """A parser's complaint as one sentence, with the nearest known knob where a key is unknown."""
+    """A parser's complaint as one sentence, with the nearest known option where a key is unknown."""
     text = " ".join(str(error).split())
     unknown = re.search(
         r"unrecognized arguments: -{0,2}([\w.\-]+)|Option '([^']+)' is not accepted"
@@ -108,10 +108,10 @@ def _explain(error: BaseException) -> str:
                 leaves = {name.rsplit(".", 1)[-1]: name for name in keys}
                 matches = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
             near = matches[0] if matches else None
-        hint = f"did you mean {near}?" if near else "see --help for every knob"
-        return f"{key} is not a knob: {hint}"
+        hint = f"did you mean {near}?" if near else "see --help for every option"
+        return f"{key} is not an option: {hint}"
     text = re.sub(r"Parser key \"?([\w.]+)\"?:", r"\1:", text)
-    # A knob that may be left out: of its two complaints only the one about the other type helps.
+    # An option that may be left out: of its two complaints only the one about the other type helps.
     text = re.sub(
         r"Does not validate against any of the Union subtypes .*Errors: - (.*?) - .*Given value: (.*)",
         r"\1, or null. Got value: \2",

@@ -2,7 +2,7 @@
 
 A run is described by YAML files plus `--section.key value` on the command line (`megagamma.config.io`). The bounds and
 the rules between options are checked by `megagamma.config.rules`, before a process group or the data is opened.
-Tags in the docstrings tell where a default comes from: [P] stated by the paper (arXiv 2606.17945),
+Tags in the docstrings say where a default comes from: [P] stated by the paper (arXiv 2606.17945),
 [3P] by a third party that read it, [PRE] by earlier work of its authors, [REF] by work that it cites,
 [INF] our inference, [practice] what Megatron-LM, Llama or OLMo users expect.
 """
@@ -83,7 +83,7 @@ class RunConfig:
     seed: int = option(1234, minimum=0, maximum=2**64 - 1, rule="must be at least 0 and below 2^64")
     """Seed of the initial weights and of the data order."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the newest complete checkpoint of the folder, else start; never: refuse a folder that
+    """auto: resume from the newest complete checkpoint of the folder, else start; never: refuse a folder that
     holds a run; must: fail when there is no checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model. auto: cuda when there is one, else cpu."""
@@ -302,9 +302,9 @@ class CheckpointConfig:
     at_end: bool = True
     """Write a checkpoint after the last step."""
     asynchronous: bool = False
-    """Copy the state to memory and write it while training goes on. Costs memory for one rank's share."""
+    """Copy the state to memory and write it while training continues. Costs memory for one rank's share."""
     on_damage: Literal["stop", "previous"] = "stop"
-    """When the newest checkpoint is damaged on resume: stop and name it, or go back to the one before."""
+    """When the newest checkpoint is corrupt on resume: stop and name it, or go back to the one before."""
 
 
 @dataclass

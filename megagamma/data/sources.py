@@ -21,7 +21,7 @@ def prepared_folders(config: Config) -> list[str]:
     """The training folders; an embedded corpus is prepared first if it is not there yet.
 
     Raises:
-        DataError: a folder that is missing or damaged.
+        DataError: a folder that is missing or corrupt.
     """
     if not config.data.corpus:
         for folder in config.data.paths:

@@ -22,9 +22,9 @@ class Corpus:
 
     Attributes:
         name: the folder's last component, which names the corpus in reports.
-        documents, tokens, bytes: of this split; tokens count one end-of-text per document, bytes the UTF-8
+        documents, tokens, bytes: of this split; tokens count one eos per document, bytes the UTF-8
             text.
-        document_lengths: int32 [documents], in tokens, end-of-text included.
+        document_lengths: int32 [documents], in tokens, eos included.
         vocab_size, eos_id, pad_id, tokenizer_path, tokenizer_fingerprint: of the tokenizer that made it.
 
     Raises:

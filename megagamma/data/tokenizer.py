@@ -25,7 +25,7 @@ class Tokenizer:
         fingerprint: sha256 of the model file, hexadecimal.
 
     Raises:
-        DataError: the file is missing, is not a SentencePiece model, or has no end-of-text piece.
+        DataError: the file is missing, is not a SentencePiece model, or has no eos piece.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,7 +51,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         if self.eos_id < 0:
             raise DataError(
-                f"tokenizer: '{path}' has no end-of-text piece, which separates documents: "
+                f"tokenizer: '{path}' has no eos piece, which separates documents: "
                 "use a model trained with one (eos_id >= 0)"
             )
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON with its "auto" values filled from our knobs, and contradictions refused."""
+"""DeepSpeed's JSON with its "auto" values filled from our options, and contradictions refused."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from megagamma.config.deepspeed import deepspeed_values, zero_stage
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 
-# What our own knobs decide. DeepSpeed's optimizer and scheduler sections would shadow them.
+# What our own options decide. DeepSpeed's optimizer and scheduler sections would shadow them.
 _OURS = {"optimizer": "optimizer.*", "scheduler": "schedule.*", "fp16": "precision.dtype"}
 
 
-def _fill(values: dict[str, Any], key: str, wanted: Any, knob: str) -> None:
+def _fill(values: dict[str, Any], key: str, wanted: Any, option: str) -> None:
     given = values.get(key, "auto")
     if given != "auto" and given != wanted:
         raise ConfigurationError(
-            f'deepspeed_config: {key}={given} contradicts {knob}, which gives {wanted}: write "auto" in the JSON file'
+            f'deepspeed_config: {key}={given} contradicts {option}, which gives {wanted}: write "auto" in the JSON file'
         )
     values[key] = wanted
 
@@ -31,13 +31,13 @@ def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[st
         bf16: whether weights are bf16.
 
     Raises:
-        ConfigurationError: a value of the file that contradicts a knob.
+        ConfigurationError: a value of the file that contradicts an option.
     """
     values = copy.deepcopy(deepspeed_values(config, data_size, bf16))
-    for section, knob in _OURS.items():
+    for section, option in _OURS.items():
         if values.get(section, {}) and values[section].get("enabled", True):
             raise ConfigurationError(
-                f"deepspeed_config: the section {section!r} would shadow {knob}: remove it from the JSON file"
+                f"deepspeed_config: the section {section!r} would shadow {option}: remove it from the JSON file"
             )
     micro = config.data.micro_batch_size
     _fill(values, "train_micro_batch_size_per_gpu", micro, "data.micro_batch_size")
@@ -58,7 +58,7 @@ def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[st
             )
         # A step whose gradients are not finite is left out instead of applied.
         values["bf16"].setdefault("check_grad_overflow", True)
-        # Microbatches add up in fp32 as they come, on either road of the engine.
+        # Microbatches add up in fp32 as they come, on either path of the engine.
         values["bf16"].setdefault("immediate_grad_update", True)
         values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values.setdefault("zero_allow_untested_optimizer", True)

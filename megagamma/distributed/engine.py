@@ -34,7 +34,6 @@ from megagamma.distributed.schedule import OutputFunction, run_schedule
 from megagamma.distributed.state import OptimizerState
 from megagamma.distributed.straggler import ForwardClock
 from megagamma.distributed.token_scores import label_scores
-from megagamma.errors import DistributedError
 from megagamma.model.gpt import document_mask
 from megagamma.model.parameters import ParameterMap
 
@@ -292,8 +291,7 @@ class Engine:
             )
         except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before they wait for this one
             problem = error
-        if runtime.any_rank(problem is not None):
-            raise problem or DistributedError("another rank failed while it scored tokens: see its message")
+        runtime.raise_on_all_ranks(problem, "while it scored tokens")
         scores = torch.zeros(runtime.data_size, len(batches), *batches[0].tokens.shape, 2, device=runtime.device)
         if runtime.is_last_stage and runtime.tensor_rank == 0:
             scores[runtime.data_rank] = torch.stack(values)

@@ -18,7 +18,7 @@ from megagamma.distributed.runtime import Runtime
 def building(config: Config, runtime: Runtime, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Where to build the model in: under ZeRO 3 over several ranks, each module is partitioned as soon as it exists.
 
-    Elsewhere it does nothing. Without it a model that only fits when it is spread could not be made at all.
+    Elsewhere it does nothing. Without it a model that only fits when it is partitioned could not be made at all.
     """
     values = fill_deepspeed_config(config, runtime.data_size, dtype == torch.bfloat16)
     if zero_stage(values) < 3 or runtime.data_size == 1:

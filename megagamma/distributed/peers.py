@@ -15,7 +15,7 @@ from megagamma.errors import DistributedError
 _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
-def is_lost_contact(error: BaseException) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Whether an exception says that another rank is gone or silent, and not that this one did something wrong."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
@@ -23,7 +23,7 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explain_lost_contact(timeout_minutes: float) -> Iterator[None]:
+def explain_peer_failure(timeout_minutes: float) -> Iterator[None]:
     """Turn the communication library's exception into one line that says what to do.
 
     Args:
@@ -35,12 +35,12 @@ def explain_lost_contact(timeout_minutes: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_lost_contact(error):
+        if not is_peer_failure(error):
             raise
         lost = DistributedError(
             f"on {socket.gethostname()}: another rank ended, or gave no answer within run.timeout_minutes="
-            f"{timeout_minutes:g}; rank {launcher_rank()} cannot go on without it. Look for what that rank or its host "
-            "said last; the same command goes on from the newest checkpoint. The library said: "
+            f"{timeout_minutes:g}; rank {launcher_rank()} cannot continue without it. Look for what that rank or its host "
+            "said last; the same command resumes from the newest checkpoint. The library said: "
             f"{str(error).splitlines()[0]}"
         )
         lost.on_one_rank = True

@@ -1,4 +1,4 @@
-"""The start of a run: all processes meet, or the missing ones are named."""
+"""The start of a run: all processes come together, or the missing ones are named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MUST_AGREE = ("torch", "megatron-core", "deepspeed")
 
 
 def _about(device: str) -> dict[str, Any]:
-    """What this process tells the others about itself."""
+    """What this process reports of itself to the others."""
     return {
         "host": socket.gethostname(),
         "device": device,
@@ -76,20 +76,20 @@ def _wait_for_all(store: dist.Store, size: int, deadline: float, minutes: float)
             time.sleep(0.05)
 
 
-def meet(rank: int, size: int, device: torch.device, minutes: float) -> tuple[dist.Store, list[dict[str, Any]]]:
+def rendezvous(rank: int, size: int, device: torch.device, minutes: float) -> tuple[dist.Store, list[dict[str, Any]]]:
     """Wait until all processes of the run are there.
 
     Args:
         rank: of this process.
         size: processes of the run.
-        device: of this process, told to the others.
+        device: of this process, reported to the others.
         minutes: deadline.
 
     Raises:
         DistributedError: the port is in use; ranks are missing at the deadline, and are named; or versions differ.
 
     Returns:
-        The store that they met at, and what each rank told about itself.
+        The store that they came together at, and what each rank reported of itself.
     """
     if size == 1:
         return dist.HashStore(), [_about(str(device))]  # no port is needed to talk to oneself

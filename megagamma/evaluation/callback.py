@@ -52,7 +52,7 @@ class BenchmarkScoring(Callback):
         Returns:
             `harness/<task>/<metric>` -> value on rank 0; nothing on the others, or where all failed.
         """
-        from megagamma.evaluation import live
+        from megagamma.evaluation import compat, live
         from megagamma.evaluation.harness import evaluate
         from megagamma.evaluation.tasks import TaskRequest
 
@@ -60,11 +60,11 @@ class BenchmarkScoring(Callback):
 
         def score(passes: live.Passes) -> dict[str, float]:
             try:
-                with live.without_bars():
+                with compat.without_progress_bars():
                     scores = evaluate(
                         live.LiveModel(passes, codec),
                         TaskRequest(list(options.harness_tasks), options.harness_include_path or None),  # type: ignore[arg-type]
-                        identity=f"step {step}",
+                        content_hash=f"step {step}",
                         limit=options.harness_limit or None,
                         seed=self.config.run.seed,
                         mirror=options.harness_mirror or None,

@@ -1,7 +1,7 @@
-"""A local benchmark of any prepared data: which of four texts goes on from here?
+"""A local benchmark of any prepared data: which of four texts continues from here?
 
 Needs no download. Three wrong texts are cut from other places of the same held-out documents, so that only what stands
-before can tell the right one. Chance is 1/4.
+before distinguishes the right one. Chance is 1/4.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megagamma.errors import DataError
 from megagamma.files import write_text
 
 NAME = "continuation"
-_YAML = """# Which of four texts goes on from here? Written by megagamma.evaluation.continuation.
+_YAML = """# Which of four texts continues from here? Written by megagamma.evaluation.continuation.
 task: continuation
 dataset_path: json
 dataset_kwargs:

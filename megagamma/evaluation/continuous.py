@@ -1,6 +1,6 @@
-"""Scores that move before accuracy does: probability of the right choice, and loss of the right answer.
+"""Continuous metrics, which move before accuracy does: probability of the right choice, and loss of the right answer.
 
-A small or young model answers at chance, and its accuracy says nothing; these are smooth in the weights. With l_i the
+A small or young model answers at chance, and its accuracy shows nothing; these are continuous in the weights. With l_i the
 log-likelihood of choice i given the prompt [nats], n_i its length in characters (as lm-eval's acc_norm takes it), g the
 right choice, and b the length in UTF-8 bytes of the answer's text as it was scored, leading space included:
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 NAMES = {"choice_prob": True, "choice_prob_norm": True, "answer_nats_per_byte": False}
-"""The smooth scores, and whether higher is better."""
+"""The continuous metrics, and whether higher is better."""
 
 
 def softmax(values: Sequence[float]) -> list[float]:
@@ -68,7 +68,7 @@ def from_choices(task: Any, instances: list[list[Any]]) -> list[dict[str, float]
         task: of lm-eval.
         instances: the requests of each document, in order; their answers are in `resps`.
     """
-    found = []
+    scores = []
     for requests in instances:
         doc = requests[0].doc
         choices = [str(choice) for choice in task.doc_to_choice(doc)]
@@ -76,33 +76,34 @@ def from_choices(task: Any, instances: list[list[Any]]) -> list[dict[str, float]
         if not right:
             continue
         # Unconditional requests for mutual information may follow.
-        asked = requests[: len(choices)]
-        values = [float(request.resps[0][0]) for request in asked]
-        scores = choice_scores(values, choices, right, [request.args[1] for request in asked])
-        found.append({**scores, "chance": len(right) / len(choices)})
-    return found
+        conditional = requests[: len(choices)]
+        values = [float(request.resps[0][0]) for request in conditional]
+        document = choice_scores(values, choices, right, [request.args[1] for request in conditional])
+        scores.append({**document, "chance": len(right) / len(choices)})
+    return scores
 
 
 def _right(task: Any, doc: Any, choices: list[str]) -> list[int]:
     """Indices of the right choices; empty where the data name none, such as hidden labels."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    found = []
-    for one in gold if isinstance(gold, list) else [gold]:
-        index = choices.index(one) if isinstance(one, str) and one in choices else one
+    right = set()
+    for answer in gold if isinstance(gold, list) else [gold]:
+        index = choices.index(answer) if isinstance(answer, str) and answer in choices else answer
         if isinstance(index, int) and 0 <= index < len(choices):
-            found.append(index)
-    return sorted(set(found))
+            right.add(index)
+    return sorted(right)
 
 
 def answer_requests(task: Any, instances: list[list[Any]], lm: Any) -> tuple[list[Any], int]:
     """Requests for the log-likelihood of the right answer of each document of a task that generates text.
 
     Returns:
-        The requests, and the number of documents left out: an empty answer, or one that is longer than the model's window.
+        The requests, and the number of documents left out: an empty answer, or one that is as long as the model's context
+            length.
     """
     from lm_eval.api.instance import Instance
 
-    found, dropped = [], 0
+    answers, dropped = [], 0
     for requests in instances:
         doc, context = requests[0].doc, requests[0].args[0]
         target = task.doc_to_target(doc)
@@ -115,12 +116,12 @@ def answer_requests(task: Any, instances: list[list[Any]], lm: Any) -> tuple[lis
         if not str(target).strip() or len(lm.tok_encode(answer)) >= lm.max_length:
             dropped += 1
             continue
-        found.append(
+        answers.append(
             Instance(
                 request_type="loglikelihood", doc=doc, arguments=(context, answer), idx=0, metadata=requests[0].metadata
             )
         )
-    return found, dropped
+    return answers, dropped
 
 
 def from_loglikelihoods(requests: list[Any], answers: list[tuple[float, bool]]) -> list[dict[str, float]]:

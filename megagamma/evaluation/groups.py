@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from megagamma.evaluation import continuous as smooth
-from megagamma.evaluation.quiet import silent
+from megagamma.evaluation import compat, continuous
 from megagamma.evaluation.scoring import metrics_of
 from megagamma.evaluation.tasks import Plan
 
 
 def group_records(
-    made: Plan, known: dict[str, dict[str, Any]], failures: dict[str, str], common: dict[str, Any]
+    plan: Plan, records: dict[str, dict[str, Any]], failures: dict[str, str], common: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Averages over groups, by lm-eval's own rules; smooth scores weighted by the number of documents."""
-    from lm_eval.config.group import AggMetricConfig
+    """Averages over groups, by lm-eval's own rules; continuous metrics weighted by the number of documents.
 
-    found = []
-    for group in made.groups:
+    Args:
+        records: of the tasks that have been scored, by name.
+        failures: gets a reason for every group of which a task has no score.
+        common: what the records of one call share.
+    """
+    averages = []
+    for group in plan.groups:
         names = [task.task_name for task in group.get_all_tasks()]
-        lost = [name for name in names if name not in known]
+        lost = [name for name in names if name not in records]
         if not group.has_aggregation or not names:
             continue
         if lost:
             failures[group.name] = f"{len(lost)} of its {len(names)} tasks have no score"
             continue
-        records = [known[name] for name in names]
-        ours = [AggMetricConfig(metric=name, aggregation="mean", weight_by_size=True) for name in smooth.NAMES]
-        with_ours = replace(group, aggregate_metric_list=[*group.aggregate_metric_list, *ours])
-        with silent("lm_eval.api.group"):
-            values = with_ours.aggregate({record["task"]: _as_lm_eval(record) for record in records})
-        higher = {one["metric"]: one["higher_is_better"] for record in records for one in record["metrics"]}
+        members = [records[name] for name in names]
+        results = {record["task"]: _as_lm_eval(record) for record in members}
+        values = compat.aggregate_group(group, list(continuous.NAMES), results)
+        higher = {metric["metric"]: metric["higher_is_better"] for record in members for metric in record["metrics"]}
         metrics = metrics_of(values, higher)
-        sizes = sum(record["n"] for record in records)
-        for one in metrics:
-            chances = [(_chance(record, one["metric"]), record["n"]) for record in records]
+        documents = sum(record["n"] for record in members)
+        for metric in metrics:
+            chances = [(_chance(record, metric["metric"]), record["n"]) for record in members]
             if all(chance is not None for chance, _ in chances):
-                one["chance"] = sum(chance * n for chance, n in chances if chance is not None) / sizes
-        shots = {record["fewshot"] for record in records}
-        found.append(
+                metric["chance"] = sum(chance * n for chance, n in chances if chance is not None) / documents
+        shots = {record["fewshot"] for record in members}
+        averages.append(
             {
                 **common,
                 "task": group.name,
@@ -47,25 +47,26 @@ def group_records(
                 "kind": "group",
                 "fewshot": shots.pop() if len(shots) == 1 else None,
                 "members": names,
-                "n": sizes,
-                "n_total": sum(record["n_total"] for record in records),
-                "subsampled": any(record["subsampled"] for record in records),
+                "n": documents,
+                "n_total": sum(record["n_total"] for record in members),
+                "subsampled": any(record["subsampled"] for record in members),
                 "metrics": metrics,
             }
         )
-    return found
+    return averages
 
 
 def _chance(record: dict[str, Any], name: str) -> float | None:
-    found: float | None = next((one.get("chance") for one in record["metrics"] if one["metric"] == name), None)
-    return found
+    metric: dict[str, Any] = next((metric for metric in record["metrics"] if metric["metric"] == name), {})
+    return metric.get("chance")
 
 
 def _as_lm_eval(record: dict[str, Any]) -> dict[str, Any]:
     """A record in the form that lm-eval's groups read."""
-    found: dict[str, Any] = {"sample_len": record["n"]}
-    for one in record["metrics"]:
-        if one["value"] is not None:
-            found[f"{one['metric']},{one['filter']}"] = one["value"]
-            found[f"{one['metric']}_stderr,{one['filter']}"] = "N/A" if one["stderr"] is None else one["stderr"]
-    return found
+    results: dict[str, Any] = {"sample_len": record["n"]}
+    for metric in record["metrics"]:
+        name, filter_name, error = metric["metric"], metric["filter"], metric["stderr"]
+        if metric["value"] is not None:
+            results[f"{name},{filter_name}"] = metric["value"]
+            results[f"{name}_stderr,{filter_name}"] = "N/A" if error is None else error
+    return results

@@ -1,11 +1,11 @@
 """Scores of a model by lm-eval: a Hugging Face folder, or a live `lm_eval.api.model.LM`.
 
     request = TaskRequest(["reasoning", "arc_easy:5"])
-    scores = evaluate("runs/mine/hf/step_00001000", request, identity="sha256:...", output="runs/mine/eval/step_00001000")
+    scores = evaluate("runs/small/hf/step_00001000", request, content_hash="...", output="runs/small/eval/step_00001000")
     print(scores.table())
 
 Tasks are scored one by one and saved after each, so that neither a task that fails nor a kill loses the others, and the
-same call again goes on with what is missing. Big models: `parallelize=True` splits the layers over this machine's GPUs,
+same call again continues with what is missing. Big models: `parallelize=True` splits the layers over this machine's GPUs,
 and under `accelerate launch` every GPU scores a share of the documents; both are lm-eval's own means.
 """
 
@@ -30,7 +30,7 @@ from megagamma.evaluation.groups import group_records
 from megagamma.evaluation.hf_model import HuggingFaceOptions, load_model
 from megagamma.evaluation.scores import ScoreFile, Scores, reason
 from megagamma.evaluation.scoring import header, score_task
-from megagamma.evaluation.tasks import PlannedTask, TaskRequest, plan
+from megagamma.evaluation.tasks import Plan, PlannedTask, TaskRequest, plan
 
 
 def checked_limit(limit: float | None) -> float | None:
@@ -48,16 +48,16 @@ def checked_limit(limit: float | None) -> float | None:
 
 def evaluate(
     model: Any,
-    request: TaskRequest,
+    request: TaskRequest | Plan,
     *,
-    identity: str,
+    content_hash: str,
     output: str | Path | None = None,
     limit: float | None = None,
     seed: int = 1234,
     batch_size: int | str = 8,
     mirror: str | Path | None = None,
     options: HuggingFaceOptions | None = None,
-    smooth_scores: bool = True,
+    continuous_metrics: bool = True,
     again: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Scores:
@@ -65,15 +65,15 @@ def evaluate(
 
     Args:
         model: a Hugging Face folder, or an `lm_eval.api.model.LM`. A folder is loaded only when a score is missing.
-        request: what to score.
-        identity: of the weights, such as a checksum; scores of another identity are not used again.
+        request: what to score; a `Plan` of it saves the seconds of planning where several models are scored alike.
+        content_hash: of the weights, such as a checksum; scores with another one are not used again.
         output: folder of `scores.json` and `scores.csv`; None keeps nothing.
         limit: score only so many documents of each task, or below 1 that share of them.
         seed: of the choice of examples, and of sampling where a task samples.
         batch_size: requests in one pass; auto lets lm-eval find it on a GPU.
         mirror: folder that stands for the hub's data sets; None: what MEGAGAMMA_MIRROR says, or the hub.
         options: how a folder is run.
-        smooth_scores: also compute what `megagamma.evaluation.continuous` describes.
+        continuous_metrics: also compute what `megagamma.evaluation.continuous` describes.
         again: score even what was scored before.
         say: where progress goes; default: the console, from the first process.
 
@@ -83,39 +83,39 @@ def evaluate(
     Raises:
         EvaluationError: before anything is scored: unknown names, data that a mirror lacks, a model that cannot be loaded.
     """
-    speaks = accelerate_rank() == 0
-    say = say or (lambda text: print(text, flush=True) if speaks else None)
+    is_first = accelerate_rank() == 0
+    say = say or (lambda text: print(text, flush=True) if is_first else None)
     limit = checked_limit(limit)
     live = not isinstance(model, (str, Path))
     options = options or HuggingFaceOptions()
     settings = {"kind": type(model).__name__} if live else options.settings
     root = mirrors.find_mirror(mirror)
-    made = plan(request)
+    ready = request if isinstance(request, Plan) else plan(request)
     store = ScoreFile(Path(output), say) if output is not None else None
     common = {
-        "identity": identity,
+        "identity": content_hash,
         "limit": limit,
         "seed": seed,
         "settings": settings,
         "versions": {name: importlib.metadata.version(name) for name in ("lm_eval", "transformers", "datasets")},
     }
-    known: dict[str, dict[str, Any]] = {}
-    for task in made.tasks:
-        found = store.find(header(task, common)) if store and not again else None
-        if found is not None:
-            known[task.name] = found
-    todo = [task for task in made.tasks if task.name not in known]
-    mirrors.require(root, [(task.name, task.dataset, task.dataset_config) for task in todo], request.expanded)
-    if known:
-        say(f"scored before: {', '.join(known)}")
-    scores = Scores(identity)
+    records: dict[str, dict[str, Any]] = {}
+    for task in ready.tasks:
+        record = store.find(header(task, common)) if store and not again else None
+        if record is not None:
+            records[task.name] = record
+    todo = [task for task in ready.tasks if task.name not in records]
+    mirrors.require(root, [(task.name, task.dataset, task.dataset_config) for task in todo], ready.request.expanded)
+    if records:
+        say(f"scored before: {', '.join(records)}")
+    scores = Scores(content_hash)
     if todo:
         lm = model if live else load_model(model, options, batch_size)
-        _score_tasks(lm, todo, common, root, smooth_scores, scores, known, store if lm.rank == 0 else None, say)
+        _score_tasks(lm, todo, common, root, continuous_metrics, scores, records, store if lm.rank == 0 else None, say)
         if lm.rank != 0:
             return scores
-    scores.records = [known[task.name] for task in made.tasks if task.name in known]
-    scores.records += group_records(made, known, scores.failures, common)
+    scores.records = [records[task.name] for task in ready.tasks if task.name in records]
+    scores.records += group_records(ready, records, scores.failures, common)
     return scores
 
 
@@ -124,13 +124,13 @@ def _score_tasks(
     todo: list[PlannedTask],
     common: dict[str, Any],
     root: Path | None,
-    smooth_scores: bool,
+    continuous_metrics: bool,
     scores: Scores,
-    known: dict[str, dict[str, Any]],
+    records: dict[str, dict[str, Any]],
     store: ScoreFile | None,
     say: Callable[[str], None],
 ) -> None:
-    """Score tasks one by one; adds to `known` and to the scores' failures."""
+    """Score tasks one by one; adds to `records` and to the scores' failures."""
     began = time.perf_counter()
     for number, task in enumerate(todo):
         elapsed = time.perf_counter() - began
@@ -138,25 +138,24 @@ def _score_tasks(
         say(f"[{number + 1}/{len(todo)}] {task.name}, {task.fewshot}-shot ({task.fewshot_source}){eta}")
         try:
             with mirrors.reading(root, task.name), _seeded(common["seed"]):
-                record = score_task(lm, task, common, smooth_scores)
+                record = score_task(lm, task, common, continuous_metrics)
         except Exception as error:  # noqa: BLE001 - the scores of the other tasks must not be lost
             scores.failures[task.name] = reason(error)
             say(f"WARNING {task.name} could not be scored: {reason(error)}")
             continue
         if record is not None:
-            known[task.name] = record
-            scores.fresh.append(task.name)
+            records[task.name] = record
+            scores.new.append(task.name)
             if record["prompts_cut"]:
-                say(
-                    f"  {record['prompts_cut']} of {record['n']} prompts are longer than the model's window: lost their start"
-                )
+                cut = f"{record['prompts_cut']} of {record['n']} prompts"
+                say(f"  {cut} are longer than the model's context length: lost their start")
             if store is not None:
                 store.add(record)
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from a seed; afterwards those of before go on as if nothing had been drawn."""
+    """Random numbers from a seed; afterwards those of before continue as if nothing had been drawn."""
     before = random.getstate(), numpy.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

@@ -21,9 +21,9 @@ class HuggingFaceOptions:
         device: auto (cuda when there is one), cpu, cuda or cuda:1.
         dtype: auto (as saved), float32, bfloat16 or float16.
         parallelize: split the layers over all GPUs of this machine.
-        max_length: window in tokens; None takes the model's.
+        max_length: context length in tokens; None takes the model's.
         prefix_token_id: what stands before a text without a prompt; None: the tokenizer's bos, else its eos. Models that
-            were trained with documents parted by eos alone need eos.
+            were trained with documents separated by eos alone need eos.
         trust_remote_code: run the folder's own model file.
     """
 

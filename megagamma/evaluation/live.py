@@ -8,7 +8,6 @@ task cannot leave another rank behind.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from megagamma.data.contracts import Batch
 from megagamma.errors import EvaluationError
+from megagamma.evaluation import compat
+from megagamma.model.decoding import greedy_continuations
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class Passes:
     def __init__(self, engine: Any) -> None:
         self.engine, self.runtime = engine, engine.runtime
         data, parallel = engine.config.data, engine.config.parallel
-        self.window = data.sequence_length
+        self.context_length = data.sequence_length
         # As many tokens in a microbatch as in training, whose memory is known to suffice.
         self.tokens = data.micro_batch_size * data.sequence_length
         self.stages = parallel.pipeline  # microbatches at a time, to fill the pipeline
@@ -65,14 +66,14 @@ class Passes:
         """Score rows of tokens, on rank 0.
 
         Args:
-            rows: token ids, each at most the window; at most `capacity` of the longest.
+            rows: token ids, each at most the context length; at most `capacity` of the longest.
             labels: for each row, the tokens whose log-probability is asked for after each of its positions.
 
         Returns:
             For each row [its length, 2]: log-probability of the label [nats], and the most likely token.
         """
         longest = max(len(row) for row in rows)
-        length = min(-(-longest // self.multiple) * self.multiple, self.window)
+        length = min(-(-longest // self.multiple) * self.multiple, self.context_length)
         shares = self.stages * int(self.runtime.data_size)
         height = -(-len(rows) // shares)
         # What is padding at a row's right end is not seen from its left, and rows that fill up are not read.
@@ -80,18 +81,18 @@ class Passes:
         for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
             packed[0, index, : len(row)] = torch.tensor(row)
             packed[1, index, : len(label)] = torch.tensor(label)
-        self._tell(_PASS, height, length)
-        found = self._pass(packed, height, length)
-        return [found[index, : len(row)] for index, row in enumerate(rows)]
+        self._broadcast(_PASS, height, length)
+        scores = self._pass(packed, height, length)
+        return [scores[index, : len(row)] for index, row in enumerate(rows)]
 
-    def _tell(self, *message: int) -> None:
+    def _broadcast(self, *message: int) -> None:
         if self.runtime.size > 1:
             values = [*message, *[0] * (3 - len(message))]
             dist.broadcast(torch.tensor(values, device=self.runtime.device), src=0)
 
     def finish(self) -> None:
         """Send the other ranks back to training."""
-        self._tell(_DONE)
+        self._broadcast(_DONE)
 
     def serve(self) -> None:
         """On all ranks but 0: run what rank 0 asks for, until it is done."""
@@ -120,8 +121,8 @@ class Passes:
             Batch(split[0, index], split[1, index], torch.ones_like(split[0, index], dtype=torch.float32), positions)
             for index in range(self.stages)
         ]
-        found: Tensor = self.engine.token_scores(batches)
-        return found.flatten(0, 2)
+        scores: Tensor = self.engine.token_scores(batches)
+        return scores.flatten(0, 2)
 
 
 class LiveModel(TemplateLM):
@@ -139,8 +140,8 @@ class LiveModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of the window."""
-        return self.passes.window
+        """Context length. Unit: tokens."""
+        return self.passes.context_length
 
     @property
     def max_gen_toks(self) -> int:
@@ -153,8 +154,8 @@ class LiveModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """As lm-eval's, without its progress bar."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """requests: (texts, context ids, continuation ids); too long ones lose the start of the context."""
@@ -164,7 +165,7 @@ class LiveModel(TemplateLM):
                 raise EvaluationError(f"the answer {texts!r} adds no token to its prompt: the tokenizer merges them")
             if len(continuation) > self.max_length:
                 raise EvaluationError(
-                    f"an answer of {len(continuation)} tokens is longer than the model's window of {self.max_length}"
+                    f"an answer of {len(continuation)} tokens is longer than the model's context length of {self.max_length}"
                 )
             whole = (list(context) + list(continuation))[-(self.max_length + 1) :]
             rows.append(whole[:-1])
@@ -172,10 +173,10 @@ class LiveModel(TemplateLM):
             counts.append(len(continuation))
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         for indices in self._batches([len(row) for row in rows]):
-            found = self.passes.run([rows[index] for index in indices], [labels[index] for index in indices])
-            for index, scores in zip(indices, found, strict=True):
-                tail, asked = scores[-counts[index] :], torch.tensor(labels[index][-counts[index] :])
-                answers[index] = (float(tail[:, 0].double().sum()), bool((tail[:, 1] == asked).all()))
+            batch = self.passes.run([rows[index] for index in indices], [labels[index] for index in indices])
+            for index, scores in zip(indices, batch, strict=True):
+                tail, expected = scores[-counts[index] :], torch.tensor(labels[index][-counts[index] :])
+                answers[index] = (float(tail[:, 0].double().sum()), bool((tail[:, 1] == expected).all()))
         return answers
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
@@ -188,24 +189,20 @@ class LiveModel(TemplateLM):
             first += count
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
-        """Log-likelihood of whole texts, in windows that do not overlap, as lm-eval's `hf` model cuts them."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        windows, owners = [], []
+        """Log-likelihood of whole texts, in sequences that do not overlap, as lm-eval's `hf` model cuts them."""
+        sequences, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
-                windows.append((None, *make_disjoint_window(window)))
+            for pair in compat.rolling_sequences(tokens, self.prefix_token_id, self.max_length):
+                sequences.append((None, *pair))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, (value, _greedy) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        for owner, (value, _greedy) in zip(owners, self._loglikelihood_tokens(sequences), strict=True):
             totals[owner] += value
         return totals
 
     def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
         """Greedy continuations up to a stop text, the end of the document, or max_gen_toks; cut at the stop text."""
-        from lm_eval.models.utils import postprocess_generated_text
-
         prompts, stops, limits = [], [], []
         for request in requests:
             prompt, stop, limit = self._prompt(*request.args[:2])
@@ -214,55 +211,41 @@ class LiveModel(TemplateLM):
             limits.append(limit)
         texts = [""] * len(requests)
         for indices in self._batches([len(p) + n for p, n in zip(prompts, limits, strict=True)]):
-            for index, text in self._continue(indices, prompts, stops, limits):
-                texts[index] = postprocess_generated_text(text, stops[index], None)
+            batch = self._continue(
+                [prompts[index] for index in indices],
+                [stops[index] for index in indices],
+                [limits[index] for index in indices],
+            )
+            for index, text in zip(indices, batch, strict=True):
+                texts[index] = compat.cut_at_stop(text, stops[index])
         return texts
 
     def _prompt(self, text: str, options: dict[str, Any]) -> tuple[list[int], list[str], int]:
         """Token ids with room for the answer, stop texts, and the longest answer in tokens."""
-        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-
         if options.get("do_sample") or options.get("num_beams", 1) != 1:
             raise EvaluationError(
                 f"generation_kwargs={options}: a live model generates greedily: score the converted model"
             )
-        known = normalize_gen_kwargs(dict(options), self.max_gen_toks)
-        limit = int(known["max_gen_toks"])
+        stop, limit = compat.generation_limits(options, self.max_gen_toks)
         if limit >= self.max_length:
             raise EvaluationError(
-                f"max_gen_toks={limit} must be less than the model's window of {self.max_length} tokens"
+                f"max_gen_toks={limit} must be less than the model's context length of {self.max_length} tokens"
             )
-        stop = [one for one in handle_stop_sequences(known.get("until"), eos=None) if one]
         prompt = self.tok_encode(text)[-(self.max_length - limit) :]
         return prompt or [self.prefix_token_id], stop, limit
 
-    def _continue(
-        self, indices: list[int], prompts: list[list[int]], stops: list[list[str]], limits: list[int]
-    ) -> list[tuple[int, str]]:
+    def _continue(self, prompts: list[list[int]], stops: list[list[str]], limits: list[int]) -> list[str]:
         """Continue some prompts together, a pass for every token."""
-        rows = {index: list(prompts[index]) for index in indices}
-        open_ones, texts = list(indices), dict.fromkeys(indices, "")
-        while open_ones:
-            found = self.passes.run([rows[index] for index in open_ones], [[0]] * len(open_ones))
-            for index, scores in zip(list(open_ones), found, strict=True):
-                token = int(scores[-1, 1])
-                made = [*rows[index][len(prompts[index]) :], token]
-                if token == self.eot_token_id:
-                    open_ones.remove(index)
-                    continue
-                rows[index].append(token)
-                texts[index] = self._tokenizer.decode([one for one in made if one < self._tokenizer.vocab_size])
-                if len(made) >= limits[index] or any(stop in texts[index] for stop in stops[index]):
-                    open_ones.remove(index)
-        return list(texts.items())
 
+        def decode(tokens: list[int]) -> str:
+            return str(self._tokenizer.decode([token for token in tokens if token < self._tokenizer.vocab_size]))
 
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Without lm-eval's progress bars, which belong on the console of a tool and not of a training run."""
-    from unittest import mock
+        def next_tokens(rows: list[list[int]]) -> list[int]:
+            return [int(scores[-1, 1]) for scores in self.passes.run(rows, [[0]] * len(rows))]
 
-    import lm_eval.api.task as module
+        def stopped(index: int, tokens: list[int]) -> bool:
+            text = decode(tokens) if stops[index] else ""
+            return any(stop in text for stop in stops[index])
 
-    with mock.patch.object(module, "tqdm", functools.partial(module.tqdm, disable=True)):
-        yield
+        continuations = greedy_continuations(next_tokens, prompts, limits, self.eot_token_id, stopped)
+        return [decode(tokens) for tokens in continuations]

@@ -16,11 +16,11 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import yaml
 
 from megagamma.errors import EvaluationError
+from megagamma.evaluation.compat import is_file_format, replaced_attribute
 
 VARIABLE = "MEGAGAMMA_MIRROR"
 HEADER = re.compile(r"---[ \t]*\n(.*?)\n---", re.DOTALL)
@@ -28,18 +28,18 @@ _NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def find_mirror(root: str | Path | None = None) -> Path | None:
-    """The mirror's folder, absolute: `root`, or else what the environment variable MEGAGAMMA_MIRROR says, or None.
+    """The mirror's folder, absolute: `root`, or else the environment variable MEGAGAMMA_MIRROR, or None.
 
     Raises:
         EvaluationError: there is no such folder.
     """
-    asked, where = (str(root), "mirror") if root else (os.environ.get(VARIABLE, ""), VARIABLE)
-    if not asked:
+    given, where = (str(root), "mirror") if root else (os.environ.get(VARIABLE, ""), VARIABLE)
+    if not given:
         return None
-    folder = Path(asked).expanduser().resolve()
+    folder = Path(given).expanduser().resolve()
     if not folder.is_dir():
         raise EvaluationError(
-            f"{where}={asked}: there is no folder {folder}: give the folder that tools/fetch_benchmarks.py filled"
+            f"{where}={given}: there is no folder {folder}: give the folder that tools/fetch_benchmarks.py filled"
         )
     return folder
 
@@ -48,9 +48,7 @@ def is_hub_name(path: str | None) -> bool:
     """Whether `datasets.load_dataset(path)` would ask the hub: neither a local folder nor a file format's name."""
     if not path or not _NAME.fullmatch(path) or os.path.exists(path):
         return False
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    return path not in _PACKAGED_DATASETS_MODULES
+    return not is_file_format(path)
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -68,13 +66,13 @@ def header(readme: Path) -> dict[str, list[str]]:
     except yaml.YAMLError:
         return {}
     configs = values.get("configs") if isinstance(values, dict) else None
-    found: dict[str, list[str]] = {}
-    for one in configs if isinstance(configs, list) else []:
-        if isinstance(one, dict) and "data_files" in one:
-            base = str(one.get("data_dir") or "")
-            patterns = [f"{base}/{pattern}".lstrip("/") for pattern in _patterns(one["data_files"])]
-            found[str(one.get("config_name", "default"))] = patterns
-    return found
+    patterns: dict[str, list[str]] = {}
+    for config in configs if isinstance(configs, list) else []:
+        if isinstance(config, dict) and "data_files" in config:
+            base = str(config.get("data_dir") or "")
+            files = [f"{base}/{pattern}".lstrip("/") for pattern in _patterns(config["data_files"])]
+            patterns[str(config.get("config_name", "default"))] = files
+    return patterns
 
 
 def _patterns(files: Any) -> list[str]:
@@ -85,13 +83,13 @@ def _patterns(files: Any) -> list[str]:
         return (
             _patterns(files["path"])
             if "path" in files
-            else [one for value in files.values() for one in _patterns(value)]
+            else [pattern for value in files.values() for pattern in _patterns(value)]
         )
     return [pattern for one in files for pattern in _patterns(one)]
 
 
 def patterns_of(configs: dict[str, list[str]], config: str | None) -> list[str] | None:
-    """Patterns of the files that a config needs; None where no header tells; empty where it does not know the config."""
+    """Patterns of the files that a config needs; None where no header names them; empty where it does not name the config."""
     if not configs:
         return None
     if config is None:
@@ -109,13 +107,15 @@ def holds(root: Path, name: str, config: str | None = None) -> bool:
     return any(fnmatch.fnmatch(file, pattern) for file in files for pattern in patterns)
 
 
-def require(root: Path | None, wanted: Iterable[tuple[str, str | None, str | None]], asked: Iterable[str] = ()) -> None:
+def require(
+    root: Path | None, datasets: Iterable[tuple[str, str | None, str | None]], requested: Iterable[str] = ()
+) -> None:
     """Check, before any work is done, that the data of all tasks are in the mirror.
 
     Args:
         root: of the mirror; None checks nothing, since only the hub could answer.
-        wanted: a task, the data set that its YAML names, and the set's config.
-        asked: names for the command that gets them, where they are shorter than the tasks'.
+        datasets: a task, the data set that its YAML names, and the set's config.
+        requested: names for the command that gets them, where they are shorter than the tasks'.
 
     Raises:
         EvaluationError: naming every set that is missing, where it should be, and the command that gets it.
@@ -123,19 +123,19 @@ def require(root: Path | None, wanted: Iterable[tuple[str, str | None, str | Non
     if root is None:
         return
     lacking: dict[str, list[str]] = {}
-    for task, name, config in wanted:
+    for task, name, config in datasets:
         if name and is_hub_name(name) and not holds(root, name, config):
             lacking.setdefault(name, []).append(task)
     if lacking:
-        raise EvaluationError(_missing(root, lacking, asked))
+        raise EvaluationError(_missing(root, lacking, requested))
 
 
-def _missing(root: Path, lacking: dict[str, list[str]], asked: Iterable[str] = ()) -> str:
+def _missing(root: Path, lacking: dict[str, list[str]], requested: Iterable[str] = ()) -> str:
     parts = []
     for name, tasks in lacking.items():
         more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""
         parts.append(f"{name} (for {', '.join(tasks[:3])}{more}) is not in {folder_of(root, name)}")
-    names = " ".join(asked or (task for tasks in lacking.values() for task in tasks))
+    names = " ".join(requested or (task for tasks in lacking.values() for task in tasks))
     return f"mirror={root}: {'; '.join(parts)}: on a machine with a network run {command(names, root)}"
 
 
@@ -171,7 +171,7 @@ def _local_arguments(folder: Path, name: str | None, options: dict[str, Any]) ->
 def reading(root: Path | None, task: str = "X") -> Iterator[None]:
     """Within it `datasets.load_dataset` reads the hub's data sets from a mirror; with root None it asks the hub.
 
-    Both say in one sentence what is missing. Files and folders of this machine are read as ever.
+    Either way one sentence names what is missing. Files and folders of this machine are read as ever.
 
     Args:
         root: from `find_mirror`.
@@ -204,7 +204,7 @@ def reading(root: Path | None, task: str = "X") -> Iterator[None]:
                 "after deleting the folder"
             ) from error
 
-    with mock.patch.object(datasets, "load_dataset", load):
+    with replaced_attribute(datasets, "load_dataset", load):
         try:
             yield
         finally:

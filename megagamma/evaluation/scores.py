@@ -7,8 +7,6 @@ version, the examples in the prompt, the limit, the seed, how the model was run,
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -19,6 +17,7 @@ from typing import Any
 
 from megagamma.errors import EvaluationError, MegagammaError
 from megagamma.files import write_json, write_text
+from megagamma.reporting.tables import csv_table, format_score, markdown_table
 
 FORMAT = 1
 KEYS = ("identity", "task", "task_version", "fewshot", "limit", "seed", "settings", "versions")
@@ -29,15 +28,15 @@ _COLUMNS = (
 
 # The accuracy that stands for a task where there is room for one, in this order.
 PRIMARY = ("acc_norm", "acc", "math_verify", "exact_match")
-SMOOTH = ("choice_prob_norm", "answer_nats_per_byte", "choice_prob")
+CONTINUOUS = ("choice_prob_norm", "answer_nats_per_byte", "choice_prob")
 
 
 def plain(value: Any) -> Any:
     """A value of plain Python types as strict JSON takes it: numpy numbers unpacked, what is not finite as None."""
     if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (str, bool)):
         return value
     if hasattr(value, "item"):
@@ -58,27 +57,26 @@ def key_of(record: dict[str, Any]) -> str:
 
 def metric(record: dict[str, Any], name: str, filter_name: str | None = None) -> dict[str, Any] | None:
     """A record's metric by name; with several filters the first, unless one is named."""
-    for one in record["metrics"]:
-        if one["metric"] == name and filter_name in (None, one["filter"]):
-            found: dict[str, Any] = one
-            return found
+    for entry in record["metrics"]:
+        if entry["metric"] == name and filter_name in (None, entry["filter"]):
+            return dict(entry)
     return None
 
 
-def leading(record: dict[str, Any], smooth: bool) -> dict[str, Any] | None:
-    """The metric that stands for a task: its accuracy, or its smooth score."""
-    for name in SMOOTH if smooth else PRIMARY:
-        found = metric(record, name)
-        if found is not None:
-            return found
-    return next((one for one in record["metrics"] if not one["smooth"]), None) if not smooth else None
+def leading(record: dict[str, Any], continuous: bool) -> dict[str, Any] | None:
+    """The metric that stands for a task: its accuracy, or its continuous metric."""
+    for name in CONTINUOUS if continuous else PRIMARY:
+        entry = metric(record, name)
+        if entry is not None:
+            return entry
+    return next((entry for entry in record["metrics"] if not entry["smooth"]), None) if not continuous else None
 
 
 class ScoreFile:
     """`scores.json` and `scores.csv` of one model."""
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
-        """Read what is there. A damaged file is set aside with a word, and its tasks are scored again."""
+        """Read what is there. A corrupt file is set aside with a warning, and its tasks are scored again."""
         self.folder, self.path = folder, folder / "scores.json"
         self.records: list[dict[str, Any]] = []
         try:
@@ -90,15 +88,15 @@ class ScoreFile:
             os.replace(self.path, aside)
             say(f"WARNING {error}; set aside as {aside.name}, and scoring anew")
 
-    def find(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    def find(self, header: dict[str, Any]) -> dict[str, Any] | None:
         """The record with the same key, if it was scored already."""
-        key = key_of(wanted)
+        key = key_of(header)
         return next((record for record in self.records if key_of(record) == key), None)
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record, in place of one with the same key, and write both files."""
         key = key_of(record)
-        self.records = [one for one in self.records if key_of(one) != key] + [record]
+        self.records = [other for other in self.records if key_of(other) != key] + [record]
         write_json(self.path, {"format": FORMAT, "records": self.records})
         write_text(self.folder / "scores.csv", as_csv(self.records))
 
@@ -108,7 +106,7 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is none.
-        EvaluationError: it is damaged, or of another format.
+        EvaluationError: it is corrupt, or of another format.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -120,8 +118,8 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
         raise EvaluationError(f"{path}: cannot be read ({error}): delete it to score anew") from error
     records = value.get("records") if isinstance(value, dict) and value.get("format") == FORMAT else None
     if not isinstance(records, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("metrics"), list) and all(key in one for key in KEYS)
-        for one in records
+        isinstance(record, dict) and isinstance(record.get("metrics"), list) and all(key in record for key in KEYS)
+        for record in records
     ):
         raise EvaluationError(f"{path}: is not a score file of format {FORMAT}: delete it to score anew")
     return records
@@ -132,37 +130,37 @@ class Scores:
     """Scores of one model for one request.
 
     Attributes:
-        identity: of the weights.
-        records: one per task, in the order asked, then one per group.
+        content_hash: of the weights.
+        records: one per task, in the order of the request, then one per group.
         failures: reason by task, for tasks that could not be scored.
-        fresh: tasks that were scored now; the others were scored before.
+        new: tasks that were scored now; the others were scored before.
     """
 
-    identity: str
+    content_hash: str
     records: list[dict[str, Any]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
-    fresh: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
     def record(self, task: str) -> dict[str, Any] | None:
         """The record of a task or group."""
-        return next((one for one in self.records if one["task"] == task), None)
+        return next((record for record in self.records if record["task"] == task), None)
 
     def value(self, task: str, name: str, filter_name: str | None = None) -> float | None:
         """A score, or None where there is none."""
         record = self.record(task)
-        found = metric(record, name, filter_name) if record else None
-        return found["value"] if found else None
+        entry = metric(record, name, filter_name) if record else None
+        return entry["value"] if entry else None
 
     def flat(self) -> dict[str, float]:
         """`task/metric` -> value, and `task/metric@filter` for every filter but a task's first."""
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for record in self.records:
-            for one in record["metrics"]:
-                name = f"{record['task']}/{one['metric']}"
-                name = f"{name}@{one['filter']}" if name in found else name
-                if one["value"] is not None:
-                    found[name] = one["value"]
-        return found
+            for entry in record["metrics"]:
+                name = f"{record['task']}/{entry['metric']}"
+                name = f"{name}@{entry['filter']}" if name in values else name
+                if entry["value"] is not None:
+                    values[name] = entry["value"]
+        return values
 
     def table(self) -> str:
         """Every score with its standard error, for the console."""
@@ -171,44 +169,24 @@ class Scores:
 
 def as_csv(records: Iterable[dict[str, Any]]) -> str:
     """One row per task and metric."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for record in records:
-        for one in record["metrics"]:
-            row = {**record, **one}
-            writer.writerow({name: "" if row.get(name) is None else row[name] for name in _COLUMNS})
-    return text.getvalue()
-
-
-def number(value: float | None, error: float | None = None, digits: int = 4) -> str:
-    """`0.2534 +- 0.0121`, or a dash."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if error is not None else "")
+    return csv_table(_COLUMNS, ({**record, **entry} for record in records for entry in record["metrics"]))
 
 
 def as_table(records: Iterable[dict[str, Any]], failures: dict[str, str] | None = None) -> str:
-    """Scores as a Markdown table. Smooth scores are marked ~, sets of which only a part was scored with *."""
-    lines = [
-        "| task | shots | n | metric | score | chance | better |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    part = False
+    """Scores as a Markdown table. Continuous metrics are marked ~, sets of which only a part was scored with *."""
+    rows, subsampled = [], False
     for record in records:
-        part |= bool(record["subsampled"])
+        subsampled |= bool(record["subsampled"])
         star = "*" if record["subsampled"] else ""
         shots = "-" if record["fewshot"] is None else record["fewshot"]
-        for one in record["metrics"]:
-            name = one["metric"] + (f" ({one['filter']})" if one["filter"] != "none" else "")
-            name += " ~" if one["smooth"] else ""
-            chance = number(one.get("chance"))
-            better = {True: "higher", False: "lower", None: "-"}[one["higher_is_better"]]
-            score = number(one["value"], one["stderr"])
-            lines.append(
-                f"| {record['task']} | {shots} | {record['n']}{star} | {name} | {score} | {chance} | {better} |"
-            )
-    if part:
+        for entry in record["metrics"]:
+            name = entry["metric"] + (f" ({entry['filter']})" if entry["filter"] != "none" else "")
+            name += " ~" if entry["smooth"] else ""
+            score, chance = format_score(entry["value"], entry["stderr"]), format_score(entry.get("chance"))
+            better = {True: "higher", False: "lower", None: "-"}[entry["higher_is_better"]]
+            rows.append((record["task"], shots, f"{record['n']}{star}", name, score, chance, better))
+    lines = [markdown_table(("task", "shots", "n", "metric", "score", "chance", "better"), rows)]
+    if subsampled:
         lines.append("* only a part of the set was scored")
     lines += [f"not scored: {task}: {reason}" for task, reason in (failures or {}).items()]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Names of benchmarks -> lm-eval tasks: presets, few-shot counts, nearest names, what data each needs.
 
-Nothing here loads a model or a data set, so that a wrong name or a missing set is told at once.
+Nothing here loads a model or a data set, so that a wrong name or a missing data set is reported at once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.errors import EvaluationError
-from megagamma.evaluation import mirror
-from megagamma.evaluation.quiet import silent
+from megagamma.evaluation import compat, mirror
 from megagamma.evaluation.scores import reason
 
 # Where a few-shot count comes from. The counts of the paper (arXiv 2606.17945) are not known to us.
 YAML = "the task's own YAML in lm-eval"
 DEFAULT = "lm-eval's default: the task's YAML names none"
-ASKED = "asked for"
+REQUESTED = "asked for"
 
 # Task, few-shot count, where the count comes from. The list of benchmarks, and its order in two groups, is inferred from
 # the paper's references [INF]. The MATH of the paper may be either of lm-eval's two; minerva_math brings worked examples,
@@ -63,7 +62,7 @@ class TaskRequest:
     """Names with the presets replaced by what they stand for, each once."""
 
     def __post_init__(self) -> None:
-        names = [name.strip() for one in self.names for name in one.split(",") if name.strip()]
+        names = [name.strip() for item in self.names for name in item.split(",") if name.strip()]
         if not names:
             raise EvaluationError(f"tasks={self.names} names nothing: give {', '.join(PRESETS)}, or tasks of lm-eval")
         for name in names:
@@ -72,7 +71,7 @@ class TaskRequest:
                 self.fewshot.setdefault(task, (count, source))
             base, _, count_text = name.rpartition(":")
             if base and count_text.isdigit():
-                self.fewshot[base] = (int(count_text), ASKED)
+                self.fewshot[base] = (int(count_text), REQUESTED)
                 name = base
             self.expanded += [task for task, *_ in preset] if preset else [name]
         self.expanded = list(dict.fromkeys(self.expanded))
@@ -82,21 +81,19 @@ class TaskRequest:
 
 
 def _check_folder(folder: Path) -> None:
-    """lm-eval leaves out a YAML file that it cannot read without a word.
+    """Check what lm-eval would leave out without a word.
 
     Raises:
         EvaluationError: no folder, no YAML in it, or one that cannot be read.
     """
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     files = sorted(folder.rglob("*.yaml")) if folder.is_dir() else []
     if not files:
         raise EvaluationError(f"include_path={folder}: holds no .yaml file: give a folder of lm-eval task configs")
     for file in files:
         try:
-            load_yaml(file, resolve_func=False)
+            compat.read_task_yaml(file)
         except Exception as error:
-            raise EvaluationError(f"include_path: {file}: {' '.join(str(error).split())}: mend the file") from error
+            raise EvaluationError(f"include_path: {file}: {' '.join(str(error).split())}: fix the file") from error
 
 
 @dataclass
@@ -125,9 +122,7 @@ class PlannedTask:
         Args:
             seed: of the choice of examples.
         """
-        from lm_eval.tasks._factory import TaskFactory
-
-        task = TaskFactory()._build_task(self._entry, self._overrides)
+        task = compat.build_task(self._entry, self._overrides)
         task.set_config(key="num_fewshot", value=self.fewshot)
         task.set_fewshot_seed(seed=seed)
         return task
@@ -142,7 +137,7 @@ class Plan:
     groups: list[Any]
     """lm-eval groups, members before the groups that hold them."""
     members: dict[str, list[str]]
-    """Tasks of every asked name: itself, or what a group or tag stands for."""
+    """Tasks of every requested name: itself, or what a group or tag stands for."""
 
     @property
     def datasets(self) -> list[tuple[str, str | None, str | None]]:
@@ -151,34 +146,27 @@ class Plan:
 
 
 @functools.cache
-def _stock_folder() -> Path:
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
-
-
-@functools.cache
 def _stock_names() -> dict[str, str]:
     """Every task and group of lm-eval and the top folder that defines it. Tags are not among them.
 
-    A look at the lines that name them takes a second; lm-eval's own index of its 14,000 files takes 10 to 20.
+    A search for the lines that name them takes a fraction of a second; why not lm-eval's index: see `compat`.
     """
-    root = _stock_folder()
+    root = compat.stock_folder()
     pattern = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
-    found: dict[str, str] = {}
+    families: dict[str, str] = {}
     for path in sorted(root.glob("**/*.yaml"), key=lambda path: path.as_posix()):
         for name in pattern.findall(path.read_bytes()):
-            found.setdefault(name.decode(errors="replace"), path.relative_to(root).parts[0])
-    return found
+            families.setdefault(name.decode(errors="replace"), path.relative_to(root).parts[0])
+    return families
 
 
 def _mentions(names: Iterable[str]) -> dict[str, set[str]]:
     """The top folders of lm-eval in whose YAML files each of these words stands, as a tag would, or is included from."""
     words = {name: re.compile(rb"(?<![\w/-])" + re.escape(name.encode()) + rb"(?![\w/-])") for name in names}
-    found: dict[str, set[str]] = {name: set() for name in words}
+    mentions: dict[str, set[str]] = {name: set() for name in words}
     borrowed: set[tuple[str, str]] = set()
     include = re.compile(rb"^include:[ \t]*[\"']?(\S*\.\./[^\s\"']+)", re.MULTILINE)
-    root = _stock_folder()
+    root = compat.stock_folder()
     for path in root.rglob("*") if words else ():
         # Templates that others include have no suffix.
         if path.suffix not in ("", ".yaml") or not path.is_file():
@@ -186,84 +174,78 @@ def _mentions(names: Iterable[str]) -> dict[str, set[str]]:
         text, family = path.read_bytes(), path.relative_to(root).parts[0]
         for name, word in words.items():
             if name.encode() in text and word.search(text):
-                found[name].add(family)
+                mentions[name].add(family)
         for other in include.findall(text):
             target = Path(os.path.normpath(path.parent / other.decode(errors="replace")))
             if target.is_relative_to(root):
                 borrowed.add((family, target.relative_to(root).parts[0]))
-    return {name: places | {by for by, of in borrowed if of in places} for name, places in found.items()}
+    return {name: places | {by for by, of in borrowed if of in places} for name, places in mentions.items()}
 
 
-def _reach(index: dict[str, Any], names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Names that an index does not know, and tags, of those asked for and of all that their groups refer to."""
-    from lm_eval.tasks._index import Kind
-
+def _reach(manager: Any, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Names that an index does not know, and tags, of some names and of all that their groups refer to."""
     lacking, tags, todo, seen = set(), set(), list(names), set()
     while todo:
         name = todo.pop()
         if name in seen or not name:
             continue
         seen.add(name)
-        entry = index.get(name)
+        entry = compat.index_entry(manager, name)
         if entry is None:
             lacking.add(name)
-        elif entry.kind is Kind.TAG:
+        elif entry.kind == "tag":
             tags.add(name)
-        elif entry.kind is Kind.GROUP:
-            todo += _children((entry.cfg or {}).get("task") or [])
+        elif entry.kind == "group":
+            todo += _children(entry.settings.get("task") or [])
     return lacking, tags
 
 
 def _children(items: Iterable[Any]) -> list[str]:
     """Names in a group's list of tasks; what the list itself defines is none."""
-    found: list[str] = []
+    names: list[str] = []
     for item in items:
         if isinstance(item, str):
-            found.append(item)
+            names.append(item)
         elif isinstance(item.get("task"), list):
-            found += _children(item["task"])
+            names += _children(item["task"])
         elif "dataset_path" not in item:
-            found.append(item.get("task") or item.get("group") or "")
-    return found
+            names.append(item.get("task") or item.get("group") or "")
+    return names
 
 
 def _manager(request: TaskRequest) -> Any:
-    """A TaskManager that knows the asked names, over as few of lm-eval's folders as possible.
+    """A TaskManager that knows the requested names, over as few of lm-eval's folders as possible.
 
     Raises:
-        EvaluationError: names that nobody knows, with the nearest ones.
+        EvaluationError: unknown names, with the nearest ones.
     """
-    from lm_eval.tasks import TaskManager
-
     own = [str(request.include_path)] if request.include_path else []
     families: set[str] = set()
     while True:
         # Later folders win, while within lm-eval's tree the first does.
-        paths = [str(_stock_folder() / family) for family in sorted(families, reverse=True)]
-        with silent("lm_eval.tasks._index"):  # folders may share names
-            manager = TaskManager(include_path=[*paths, *own], include_defaults=False)
-        lacking, tags = _reach(manager.task_index, request.expanded)
+        paths = [str(compat.stock_folder() / family) for family in sorted(families, reverse=True)]
+        manager = compat.task_manager([*paths, *own], include_defaults=False)
+        lacking, tags = _reach(manager, request.expanded)
         needed = {_stock_names()[name] for name in lacking if name in _stock_names()}
-        spread = _mentions({name for name in lacking if name not in _stock_names()} | tags) if lacking or tags else {}
-        needed = needed.union(*spread.values()) - families
-        if any(len(places) > 1 for places in spread.values()) or (not needed and any(spread.values()) and lacking):
+        mentions = _mentions({name for name in lacking if name not in _stock_names()} | tags) if lacking or tags else {}
+        needed = needed.union(*mentions.values()) - families
+        if any(len(places) > 1 for places in mentions.values()) or (not needed and any(mentions.values()) and lacking):
             # A tag of several folders, or one that is put together in Python: only the whole index has it whole.
-            with silent("lm_eval.tasks._index"):  # folders may share names
-                manager = TaskManager(include_path=own or None)
-            lacking, _ = _reach(manager.task_index, request.expanded)
+            manager = compat.task_manager(own, include_defaults=True)
+            lacking, _ = _reach(manager, request.expanded)
             break
         if not needed:
             break
         families |= needed
     unknown = [name for name in request.expanded if name in lacking]
     if unknown:
-        known = {*PRESETS, *_stock_names(), *manager.all_tasks}
-        raise EvaluationError("; ".join(_unknown(name, known) for name in unknown))
+        names = {*PRESETS, *_stock_names(), *manager.all_tasks}
+        raise EvaluationError("; ".join(_unknown(name, names) for name in unknown))
     return manager
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+def _unknown(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
     return f"tasks: {name!r} is no preset, task, group or tag: {hint}"
 
@@ -275,26 +257,8 @@ def plan(request: TaskRequest) -> Plan:
         EvaluationError: unknown names, with the nearest ones.
     """
     from lm_eval.api.group import Group
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._factory import TaskFactory
-
-    class Stub(ConfigurableTask):
-        """Stands for a task whose data are not read yet, so that lm-eval's groups can be put together."""
-
-        def __init__(self, entry: Any, overrides: dict[str, Any]) -> None:
-            self.entry, self.overrides = entry, overrides
-            self.settings = {**(entry.cfg or {}), **overrides}
-
-        @property
-        def task_name(self) -> str:
-            return str(self.settings["task"])
-
-    class Factory(TaskFactory):
-        def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-            return Stub(entry, dict(overrides or {}))
 
     manager = _manager(request)
-    manager._factory = Factory()
     tasks: dict[str, PlannedTask] = {}
     groups: dict[str, Any] = {}
     members: dict[str, list[str]] = {}
@@ -303,48 +267,52 @@ def plan(request: TaskRequest) -> Plan:
         """Add a task, or a group's tasks and then the group; returns the tasks' names."""
         if isinstance(item, Group):
             pinned = counts.get(item.name, pinned)
-            found = [name for child in item for name in add(child, counts, pinned)]
+            names = [name for child in item for name in add(child, counts, pinned)]
             groups.setdefault(item.name, item)
-            return found
-        if not isinstance(item, Stub):
+            return names
+        if not compat.is_unread(item):
             raise EvaluationError(f"tasks: {item.task_name} is defined inside a group: give it a YAML file of its own")
-        one = _planned(item.settings, item.entry, item.overrides, counts.get(item.task_name, pinned))
-        if tasks.setdefault(one.name, one).fewshot != one.fewshot:
+        task = _planned(item, counts.get(item.task_name, pinned))
+        if tasks.setdefault(task.name, task).fewshot != task.fewshot:
             raise EvaluationError(
-                f"tasks: {one.name} is asked for with {tasks[one.name].fewshot} and with {one.fewshot} examples: score them "
-                "one after the other"
+                f"tasks: {task.name} is asked for with {tasks[task.name].fewshot} and with {task.fewshot} examples: score "
+                "them one after the other"
             )
-        return [one.name]
+        return [task.name]
 
     for name in request.expanded:
         try:
-            found = manager.load([name])
+            loaded = compat.load_unread(manager, name)
         except Exception as error:
-            raise EvaluationError(f"tasks: {name}: its config cannot be used ({reason(error)}): mend it") from error
-        top = [found["groups"][name]] if name in found.get("groups", {}) else list(found["tasks"].values())
+            raise EvaluationError(f"tasks: {name}: its config cannot be used ({reason(error)}): fix it") from error
+        top = [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
         pinned = request.fewshot.get(name)
         members[name] = [task for item in top for task in add(item, request.fewshot, pinned)]
     return Plan(request, list(tasks.values()), list(groups.values()), members)
 
 
-def _planned(
-    settings: dict[str, Any], entry: Any, overrides: dict[str, Any], asked: tuple[int, str] | None
-) -> PlannedTask:
-    """A task with its few-shot count settled, by lm-eval's rule: a 0 written in the YAML is never overruled."""
+def _planned(task: Any, requested: tuple[int, str] | None) -> PlannedTask:
+    """A task with its few-shot count settled, by lm-eval's rule: a 0 written in the YAML is never overruled.
+
+    Args:
+        task: from `compat.load_unread`.
+        requested: few-shot count and its source.
+    """
+    settings = task.settings
     own = settings.get("num_fewshot")
-    if own == 0 and asked and asked[0]:
-        asked = (0, f"{YAML}, which sets 0 and is not overruled")
-    count, source = asked or ((0, DEFAULT) if own is None else (int(own), YAML))
+    if own == 0 and requested and requested[0]:
+        requested = (0, f"{YAML}, which sets 0 and is not overruled")
+    count, source = requested or ((0, DEFAULT) if own is None else (int(own), YAML))
     dataset = settings.get("dataset_path")
     if settings.get("custom_dataset") or not isinstance(dataset, str):
         dataset = None
     metadata = settings.get("metadata")
     version = metadata.get("version", "unknown") if isinstance(metadata, dict) else "unknown"
-    overrides = dict(overrides)
-    if dataset and not mirror.is_hub_name(dataset) and entry.yaml_path is not None:
-        overrides |= _absolute_files(settings, Path(entry.yaml_path).parent)
+    overrides = dict(task.overrides)
+    if dataset and not mirror.is_hub_name(dataset) and task.folder is not None:
+        overrides |= _absolute_files(settings, task.folder)
     config = settings.get("dataset_name")
-    return PlannedTask(settings["task"], count, source, dataset, config, str(version), entry, overrides)
+    return PlannedTask(settings["task"], count, source, dataset, config, str(version), task.entry, overrides)
 
 
 def _absolute_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -352,9 +320,9 @@ def _absolute_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def absolute(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: absolute(one) for key, one in value.items()}
+            return {key: absolute(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [absolute(one) for one in value]
+            return [absolute(item) for item in value]
         beside = folder / str(value)
         return str(beside) if beside.exists() and not os.path.exists(str(value)) else value
 
@@ -375,15 +343,15 @@ def check(names: list[str], include_path: str | Path | None, root: str | Path | 
         EvaluationError: unknown names, or data sets that the mirror lacks.
     """
     request = TaskRequest(names, Path(include_path) if include_path else None)
-    found = plan(request)
-    mirror.require(mirror.find_mirror(root), found.datasets, request.expanded)
-    return found
+    ready = plan(request)
+    mirror.require(mirror.find_mirror(root), ready.datasets, request.expanded)
+    return ready
 
 
 def dataset_configs(plan: Plan) -> dict[str, list[str | None]]:
     """The hub's data sets that a plan's tasks read, and their configs."""
-    found: dict[str, dict[str | None, None]] = {}
+    datasets: dict[str, dict[str | None, None]] = {}
     for _, name, config in plan.datasets:
         if name and mirror.is_hub_name(name):
-            found.setdefault(name, {})[config] = None
-    return {name: list(configs) for name, configs in found.items()}
+            datasets.setdefault(name, {})[config] = None
+    return {name: list(configs) for name, configs in datasets.items()}

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, where it comes from, how it was drawn."""
+"""The model card of an exported model: what it is, where it comes from, how it was initialized."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from megagamma.errors import MegagammaError
 from megagamma.files import read_json
 from megagamma.huggingface.formats import Format
 from megagamma.huggingface.parity import Parity
+from megagamma.reporting.tables import markdown_table
 
 
-def _known(run: Path | None, name: str) -> dict[str, Any]:
-    """A file of the run's folder; empty where there is none that can be read, since a card can do without."""
+def _read_or_empty(run: Path | None, name: str) -> dict[str, Any]:
+    """A JSON file of the run's folder; empty where there is none that can be read, since a card can do without."""
     if run is not None:
         with contextlib.suppress(MegagammaError):
             return read_json(run / name)
@@ -23,43 +24,43 @@ def _known(run: Path | None, name: str) -> dict[str, Any]:
 
 def _provenance(run: Path | None) -> list[str]:
     """Lines from the run's provenance.json, when it is there."""
-    found = _known(run, "provenance.json")
-    if not found:
+    provenance = _read_or_empty(run, "provenance.json")
+    if not provenance:
         return []
-    layout, packages = found.get("layout", {}), found.get("packages", {})
+    layout, packages = provenance.get("layout", {}), provenance.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    changed = " with uncommitted changes" if found.get("git_changed") else ""
+    changed = " with uncommitted changes" if provenance.get("git_changed") else ""
     return [
-        f"- started {found.get('started')}, source {str(found.get('git_commit'))[:12]}{changed}",
+        f"- started {provenance.get('started')}, source {str(provenance.get('git_commit'))[:12]}{changed}",
         f"- {layout.get('world')} processes: tensor {layout.get('tensor')}, pipeline {layout.get('pipeline')}, data "
         f"{layout.get('data')}",
-        f"- Python {found.get('python')}, {versions}",
+        f"- Python {provenance.get('python')}, {versions}",
     ]
 
 
-def _drawn(run: Path | None) -> list[str]:
-    """Table of what was drawn, from the run's init_report.json, when it is there."""
-    roles = _known(run, "init_report.json").get("roles", [])
+def _weight_statistics(run: Path | None) -> list[str]:
+    """Table of the initial weights, from the run's init_report.json, when it is there."""
+    roles = _read_or_empty(run, "init_report.json").get("roles", [])
     if not roles:
         return []
-    lines = ["", "| role | target std | measured std |", "|---|---|---|"]
-    return lines + [f"| {row['role']} | {row['asked_std']:.4e} | {row['measured_std']:.4e} |" for row in roles]
+    rows = [(row["role"], f"{row['asked_std']:.4e}", f"{row['measured_std']:.4e}") for row in roles]
+    return ["", markdown_table(("role", "target std", "measured std"), rows)]
 
 
 def model_card(
-    config: Config, origin: dict[str, Any], target: Format, parity: Parity, proven: int, run: Path | None
+    config: Config, provenance: dict[str, Any], target: Format, parity: Parity, proven: int, run: Path | None
 ) -> str:
     """README.md of an exported folder.
 
     Args:
-        origin: from `export.origin_of`.
+        provenance: from `provenance.checkpoint_provenance`.
         proven: texts that the tokenizer was proven equal on; 0: there is none.
         run: folder of the run, or None.
     """
     init, model = config.init, config.model
-    drawn = f"std = d_in^-gamma, gamma {init.gamma:g}" if init.scheme == "gamma" else f"scheme {init.scheme}"
+    scheme = f"std = d_in^-gamma, gamma {init.gamma:g}" if init.scheme == "gamma" else f"scheme {init.scheme}"
     if init.exponents:
-        drawn += ", but " + ", ".join(f"{role} {init.exponents[role]:g}" for role in ROLES if role in init.exponents)
+        scheme += ", but " + ", ".join(f"{role} {init.exponents[role]:g}" for role in ROLES if role in init.exponents)
     trust = ", trust_remote_code=True" if target.code else ""
     lines = [
         "---",
@@ -68,9 +69,10 @@ def model_card(
         "tags: [megagamma, small-initialization]",
         "---",
         "",
-        f"# {origin['name']}, step {origin['step']:,}",
+        f"# {provenance['name']}, step {provenance['step']:,}",
         "",
-        f"A base model of {origin['parameters']:,} parameters, pretrained with megagamma on {origin['tokens']:,} tokens.",
+        f"A base model of {provenance['parameters']:,} parameters, pretrained with megagamma on "
+        f"{provenance['tokens']:,} tokens.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -80,8 +82,8 @@ def model_card(
         "",
         "## Initialization",
         "",
-        f"Drawn with {drawn}; {init.distribution} distribution, seed {origin['seed']}.",
-        *_drawn(run),
+        f"Drawn with {scheme}; {init.distribution} distribution, seed {provenance['seed']}.",
+        *_weight_statistics(run),
         "",
         "## Model",
         "",
@@ -90,13 +92,13 @@ def model_card(
         f"- attention gate: {model.attention_gate}; q/k-norm: {'yes' if model.qk_norm else 'no'}; embeddings "
         f"{'tied' if model.tie_embeddings else 'untied'}",
         f"- RMSNorm epsilon {model.norm_epsilon:g}; another one gives another model",
-        f"- trained on windows of {config.data.sequence_length} tokens; documents end with the end-of-text token and "
+        f"- trained on sequences of {config.data.sequence_length} tokens; documents end with the eos token and "
         "begin with none",
         f"- class {target.architecture}",
         "",
         "## Where it comes from",
         "",
-        f"- data: {config.data.corpus or ', '.join(Path(one).name for one in config.data.paths)}",
+        f"- data: {config.data.corpus or ', '.join(Path(path).name for path in config.data.paths)}",
         f"- {parity.line()} (parity.json)",
         *([f"- the tokenizer gives the same ids as the SentencePiece model on {proven:,} texts"] if proven else []),
         *_provenance(run),

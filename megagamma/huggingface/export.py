@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +18,7 @@ from megagamma.config.schema import Config
 from megagamma.data.preparation.prepare import embedded_settings
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import CheckpointError, ConfigurationError, MegagammaError
-from megagamma.files import advice, copy_file, read_json, write_json, write_text
+from megagamma.files import advice, atomic_directory, copy_file, write_json, write_text
 from megagamma.huggingface.card import model_card
 from megagamma.huggingface.formats import (
     Exported,
@@ -31,10 +28,17 @@ from megagamma.huggingface.formats import (
     export_tensor,
     exported_tensors,
 )
-from megagamma.huggingface.importing import INDEX, HuggingFaceWeights
-from megagamma.huggingface.native import Answer, Question, outputs_apart
+from megagamma.huggingface.importing import INDEX
+from megagamma.huggingface.native import ParityInputs, ParityOutputs, run_in_subprocess
 from megagamma.huggingface.parity import TOLERANCE, ParityError, compare, free_memory, needed_bytes, sampled_layers
-from megagamma.huggingface.publishing import check_destination, is_export, publishing
+from megagamma.huggingface.provenance import (
+    check_destination,
+    checkpoint_provenance,
+    export_hash,
+    exported_provenance,
+    is_export,
+    is_proven,
+)
 from megagamma.huggingface.tokenizer import export_tokenizer, special_ids
 from megagamma.planning.flops import parameter_counts
 
@@ -87,12 +91,6 @@ def verify_weights(reader: CheckpointReader) -> None:
     verify(reader.folder, {**reader.manifest, "files": weights})
 
 
-def weights_identity(reader: CheckpointReader) -> str:
-    """A name for the weights of a checkpoint, equal for equal files. Hexadecimal."""
-    digests = sorted(entry["xxh3_128"] for entry in reader.manifest["files"] if entry["kind"] == "weight")
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:32]
-
-
 def run_folder(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote a checkpoint, when the checkpoint still lies in it."""
     folder = checkpoint.resolve().parent.parent
@@ -108,13 +106,13 @@ def find_tokenizer(checkpoint: Path, config: Config, fingerprint: str, given: st
     if given == "none":
         return None
     if given is not None:
-        found = Tokenizer(given)
-        if fingerprint and found.fingerprint != fingerprint:
+        tokenizer = Tokenizer(given)
+        if fingerprint and tokenizer.fingerprint != fingerprint:
             raise ConfigurationError(
-                f"--tokenizer {given}: its fingerprint {found.fingerprint[:12]} is not that of the checkpoint, "
+                f"--tokenizer {given}: its fingerprint {tokenizer.fingerprint[:12]} is not that of the checkpoint, "
                 f"{fingerprint[:12]}: give the one that the data was prepared with"
             )
-        return found
+        return tokenizer
     if not fingerprint:
         return None  # imported without one
     run = run_folder(checkpoint)
@@ -122,20 +120,24 @@ def find_tokenizer(checkpoint: Path, config: Config, fingerprint: str, given: st
     if config.data.corpus:
         settings = embedded_settings(config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size)
         folders.append(Path(settings.output))
-    folders += [Path(one) for one in config.data.paths]
+    folders += [Path(path) for path in config.data.paths]
     for folder in folders:
         file = folder / "tokenizer.model"
-        if file.exists() and (found := Tokenizer(file)).fingerprint == fingerprint:
-            return found
+        if file.exists() and (tokenizer := Tokenizer(file)).fingerprint == fingerprint:
+            return tokenizer
     raise ConfigurationError(
         f"{checkpoint}: the tokenizer {fingerprint[:12]} of the run was found in none of "
-        f"{', '.join(str(one) for one in folders) or 'its folders'}: give its .model file with --tokenizer, or "
+        f"{', '.join(map(str, folders)) or 'its folders'}: give its .model file with --tokenizer, or "
         "--tokenizer none to export without one"
     )
 
 
 def plan_shards(tensors: list[Exported], limit: int, width: int) -> list[list[Exported]]:
-    """Cut a list of tensors into files of at most `limit` bytes, in order; a tensor that is larger has one alone."""
+    """Cut a list of tensors into files of at most `limit` bytes, in order; a larger tensor has a file of its own.
+
+    huggingface_hub's planner is not used: it moves a larger tensor before the file that is open, so that the files of
+    one model would no longer hold its tensors in the model's order, and would change their numbers.
+    """
     shards: list[list[Exported]] = [[]]
     size = 0
     for tensor in tensors:
@@ -181,70 +183,6 @@ def write_weights(
     return total
 
 
-def origin_of(reader: CheckpointReader, config: Config) -> dict[str, Any]:
-    """Where an exported model comes from; kept in its config.json, and told by its card."""
-    return {
-        "name": config.run.name,
-        "step": reader.manifest["step"],
-        "tokens": reader.manifest["consumed_samples"] * config.data.sequence_length,
-        "gamma": config.init.gamma,
-        "init": asdict(config.init),
-        "seed": config.run.seed,
-        "parameters": parameter_counts(config.model).total,
-        "weights": weights_identity(reader),
-    }
-
-
-def export_identity(reader: CheckpointReader, values: dict[str, Any], tokenizer: Tokenizer | None) -> str:
-    """A name for an exported model: its weights, its config.json `values` without their origin, its tokenizer."""
-    described = {key: value for key, value in values.items() if key != "megagamma"}
-    parts = [
-        weights_identity(reader),
-        json.dumps(described, sort_keys=True),
-        tokenizer.fingerprint if tokenizer else "",
-    ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-def is_proven(folder: Path, identity: str, tensors: list[Exported], options: ExportOptions) -> bool:
-    """Whether a folder is this exported model, whole, with a parity at least as strict as asked."""
-    if not is_export(folder):
-        return False
-    try:
-        found, proof = exported_origin(folder), read_json(folder / "parity.json")
-        names = HuggingFaceWeights(folder).names()  # opens every file, which notices one that is cut off
-    except MegagammaError:
-        return False
-    whole = names == {tensor.name for tensor in tensors}
-    strict = proof.get("holds") is True and proof.get("tolerance", 1.0) <= options.tolerance
-    enough = options.parity != "full" or proof.get("compared") == "whole model"
-    return whole and strict and enough and found.get("identity") == identity
-
-
-def exported_origin(folder: Path) -> dict[str, Any]:
-    """What `origin_of` gave, of an exported folder, with its eos_token_id; empty for a folder of another maker.
-
-    Raises:
-        ConfigurationError: there is no config.json, or it cannot be read.
-    """
-    values = read_json(folder / "config.json")
-    origin = values.get("megagamma")
-    return {**origin, "eos_token_id": values.get("eos_token_id")} if isinstance(origin, dict) else {}
-
-
-def folder_identity(folder: Path) -> str:
-    """A name for any Hugging Face folder: of ours what the export noted, else from its config and weight files."""
-    known = exported_origin(folder).get("identity")
-    if known:
-        return str(known)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        state = file.stat()
-        with open(file, "rb") as opened:
-            digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode() + opened.read(1 << 20))
-    return digest.hexdigest()[:32]
-
-
 def _layers_to_compare(config: Config, options: ExportOptions, say: Callable[[str], None]) -> list[int] | None:
     """None for the whole model."""
     if options.parity == "full":
@@ -267,7 +205,7 @@ def export(
     output: Path,
     options: ExportOptions,
     *,
-    native: Callable[[Question], Answer] = outputs_apart,
+    native: Callable[[ParityInputs], ParityOutputs] = run_in_subprocess,
     say: Callable[[str], None] = print,
     quiet: bool = False,
 ) -> Path:
@@ -278,7 +216,7 @@ def export(
     Args:
         checkpoint: folder of a checkpoint.
         output: folder to write.
-        native: gives our model's answer.
+        native: runs our model.
         quiet: no progress bar.
 
     Raises:
@@ -293,18 +231,19 @@ def export(
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, more than model.vocab_size={config.model.vocab_size}: "
             "give the tokenizer that the model was trained with, or --tokenizer none"
         )
-    special, origin = special_ids(tokenizer), origin_of(reader, config)
-    values = export_config(config, target, options.dtype, special, origin)
-    origin["identity"] = export_identity(reader, values, tokenizer)
-    if is_proven(output, origin["identity"], exported_tensors(config.model, target), options):
+    special, provenance = special_ids(tokenizer), checkpoint_provenance(reader, config)
+    values = export_config(config, target, options.dtype, special, provenance)
+    provenance["identity"] = content_hash = export_hash(reader, values, tokenizer)
+    tensors, whole_model = exported_tensors(config.model, target), options.parity == "full"
+    if is_proven(output, content_hash, tensors, tolerance=options.tolerance, whole_model=whole_model):
         say(f"{output}: is this model already")
         return output
-    same = is_export(output) and exported_origin(output).get("identity") == origin["identity"]
+    same = is_export(output) and exported_provenance(output).get("identity") == content_hash
     check_destination(output, checkpoint, options.overwrite or same)
     verify_weights(reader)
     if tokenizer is None and options.tokenizer is None:
         say("NOTE: this model came without a tokenizer: none is written; give one with --tokenizer")
-    with publishing(output) as partial:
+    with atomic_directory(output, may_replace=is_export) as partial:
         write_weights(partial, reader, config, target, options, quiet)
         write_json(partial / "config.json", values)
         write_json(
@@ -320,15 +259,17 @@ def export(
         if tokenizer is not None:
             proven = export_tokenizer(tokenizer, partial, config.data.sequence_length, [])
         layers = _layers_to_compare(config, options, say)
-        found = compare(
+        parity = compare(
             config, checkpoint, partial, target, options.dtype,
             native=native, layers=layers, tolerance=options.tolerance, device=options.device,
         )  # fmt: skip
-        say(found.line())
-        write_json(partial / "parity.json", found.as_json())
-        if not found.holds:
+        say(parity.line())
+        write_json(partial / "parity.json", parity.as_json())
+        if not parity.holds:
             raise ParityError(
-                f"{checkpoint}: the exported model is not the model ({found.line()}): nothing was published"
+                f"{checkpoint}: the exported model is not the model ({parity.line()}): nothing was published"
             )
-        write_text(partial / "README.md", model_card(config, origin, target, found, proven, run_folder(checkpoint)))
+        write_text(
+            partial / "README.md", model_card(config, provenance, target, parity, proven, run_folder(checkpoint))
+        )
     return output

@@ -53,14 +53,14 @@ class Format:
 
     def name(self, ours: str) -> str:
         """A logical name in this class."""
-        for mine, theirs in self.names:
-            ours = ours.replace(mine, theirs)
+        for logical, exported in self.names:
+            ours = ours.replace(logical, exported)
         return ours
 
 
 FORMATS = {
-    one.key: one
-    for one in (
+    target.key: target
+    for target in (
         Format("llama", "LlamaForCausalLM", "llama", ("none",), qk_norm=False),
         Format("qwen3", "Qwen3ForCausalLM", "qwen3", ("none",), qk_norm=True),
         Format(
@@ -80,33 +80,32 @@ FORMATS = {
 }  # fmt: skip
 
 
-def choose_format(model: ModelConfig, wanted: str | None = None, custom_code: bool = False) -> Format:
-    """The class that a model is exported to: the first of `FORMATS` that can hold it, or the one asked for.
+def choose_format(model: ModelConfig, requested: str | None = None, custom_code: bool = False) -> Format:
+    """The class that a model is exported to: the first of `FORMATS` that can hold it, or the requested one.
 
     Args:
         model: resolved.
-        wanted: key of a format, or None.
+        requested: key of a format, or None.
         custom_code: allow a class that Hugging Face does not have.
 
     Raises:
         ConfigurationError: the class cannot hold the model, or none can without code of our own.
     """
     fitting = {
-        key: one for key, one in FORMATS.items() if model.attention_gate in one.gates and model.qk_norm == one.qk_norm
+        key: target
+        for key, target in FORMATS.items()
+        if model.attention_gate in target.gates and model.qk_norm == target.qk_norm
     }
-    what = f"model.attention_gate={model.attention_gate}, model.qk_norm={str(model.qk_norm).lower()}"
-    if wanted is not None:
-        if wanted not in fitting:
-            raise ConfigurationError(f"--hf_class {wanted} cannot hold {what}: use {' or '.join(fitting)}")
-        found = fitting[wanted]
-    else:
-        found = next(iter(fitting.values()))
-    if found.code and not custom_code:
+    settings = f"model.attention_gate={model.attention_gate}, model.qk_norm={str(model.qk_norm).lower()}"
+    if requested is not None and requested not in fitting:
+        raise ConfigurationError(f"--hf_class {requested} cannot hold {settings}: use {' or '.join(fitting)}")
+    target = fitting[requested] if requested is not None else next(iter(fitting.values()))
+    if target.code and not custom_code:
         raise ConfigurationError(
-            f"{what}: no stock Hugging Face class has a gate without q/k-norm: --custom_code writes a model file of our "
+            f"{settings}: no stock Hugging Face class has a gate without q/k-norm: --custom_code writes a model file of our "
             "own into the folder, which whoever loads it must trust (trust_remote_code=True)"
         )
-    return found
+    return target
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ class Exported:
 def exported_tensors(model: ModelConfig, target: Format) -> list[Exported]:
     """Name, shape and main source of every tensor of the exported model, in the model's order."""
     assert model.vocab_size is not None
-    found = []
+    tensors = []
     for logical in logical_parameters(model):
         shape = logical.shape
         if logical.role == "gate" and target.gate_in_query:
@@ -133,8 +132,8 @@ def exported_tensors(model: ModelConfig, target: Format) -> list[Exported]:
             shape = (model.vocab_size, *shape[1:])
         elif logical.role == "query" and target.gate_in_query:
             shape = (2 * shape[0], *shape[1:])
-        found.append(Exported(target.name(logical.name), shape, logical))
-    return found
+        tensors.append(Exported(target.name(logical.name), shape, logical))
+    return tensors
 
 
 def export_tensor(tensor: Exported, model: ModelConfig, target: Format, read: Read) -> Tensor:
@@ -184,14 +183,14 @@ def import_tensor(logical: LogicalParameter, model: ModelConfig, source: Format,
 
 
 def export_config(
-    config: Config, target: Format, dtype: torch.dtype, special: dict[str, int | None], origin: dict[str, Any]
+    config: Config, target: Format, dtype: torch.dtype, special: dict[str, int | None], provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """config.json of the exported model, with the keys of transformers 4 and 5 side by side.
 
     Args:
         config: of the run, vocabulary known.
         special: bos_token_id, eos_token_id and pad_token_id.
-        origin: what the model card tells, kept under "megagamma".
+        provenance: where the model comes from, kept under "megagamma".
     """
     model = config.model
     kind = str(dtype).removeprefix("torch.")
@@ -246,7 +245,7 @@ def export_config(
                 "AutoModelForCausalLM": f"{module}.{target.architecture}",
             },
         }
-    return values | {"megagamma": origin}
+    return values | {"megagamma": provenance}
 
 
 def _refuse(name: str, value: Any, rule: str) -> ConfigurationError:
@@ -254,7 +253,7 @@ def _refuse(name: str, value: Any, rule: str) -> ConfigurationError:
 
 
 def import_config(values: dict[str, Any], headwise: Callable[[], bool]) -> tuple[ModelConfig, Format, int]:
-    """(our model, its class, its window in tokens) of a Hugging Face config.json.
+    """(our model, its class, its context length in tokens) of a Hugging Face config.json.
 
     Args:
         values: the file's content.
@@ -264,26 +263,26 @@ def import_config(values: dict[str, Any], headwise: Callable[[], bool]) -> tuple
         ConfigurationError: a class that is not ours, or a setting that our model does not have.
     """
     architecture = (values.get("architectures") or [None])[0]
-    source = next((one for one in FORMATS.values() if one.architecture == architecture), None)
+    source = next((target for target in FORMATS.values() if target.architecture == architecture), None)
     if source is None:
-        known = ", ".join(one.architecture for one in FORMATS.values())
-        raise _refuse("architectures", architecture, f"must be one of {known}")
+        supported = ", ".join(target.architecture for target in FORMATS.values())
+        raise _refuse("architectures", architecture, f"must be one of {supported}")
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         if not isinstance(values[name], int):
             raise _refuse(name, repr(values[name]), "must be a whole number")
     layers = values["num_hidden_layers"]
-    # Lfm3's own defaults differ from the others', so that its file must say what it means.
+    # Lfm3's own defaults differ from the others', so that its file must state them.
     for name in ("tie_word_embeddings", "norm_eps", "rope_parameters") if source.key == "lfm3" else ():
         if values.get(name) is None:
             raise _refuse(name, None, "must be written")
-    for name, wanted in (
+    for name, expected in (
         ("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("use_sandwich_norm", False),
         ("use_sliding_window", False), ("num_experts", 0),
     ):  # fmt: skip
         default = {"use_sandwich_norm": source.key == "lfm3", "num_experts": 512 if source.key == "qwen3_next" else 0}
-        found = values.get(name, default.get(name, wanted))
-        if found != wanted:
-            raise _refuse(name, found, f"must be {wanted}")
+        value = values.get(name, default.get(name, expected))
+        if value != expected:
+            raise _refuse(name, value, f"must be {expected}")
     types = values.get("layer_types")
     if types is None and source.key in ("qwen3_5", "qwen3_next", "lfm3"):
         raise _refuse("layer_types", None, "must name full_attention for every layer")

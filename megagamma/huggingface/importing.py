@@ -17,9 +17,8 @@ from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, DataConfig, RunConfig
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
-from megagamma.files import copy_file, read_json, write_json
+from megagamma.files import atomic_directory, copy_file, read_json, write_json
 from megagamma.huggingface.formats import Format, exported_tensors, import_config, import_tensor
-from megagamma.huggingface.publishing import publishing
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 
 INDEX = "model.safetensors.index.json"
@@ -29,7 +28,7 @@ class HuggingFaceWeights:
     """Reads tensors of a Hugging Face folder by name, mapped from its safetensors files."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: MegagammaError: there are no safetensors files, or one is damaged."""
+        """Raises: MegagammaError: there are no safetensors files, or one is corrupt."""
         self.folder = folder
         index = folder / INDEX
         files = ["model.safetensors"]
@@ -54,7 +53,7 @@ class HuggingFaceWeights:
 
     def rename(self, stored: str, name: str) -> None:
         """Give tensors whose names contain `stored` the name that has `name` in its place."""
-        for old in [one for one in self._files if stored in one]:
+        for old in [name for name in self._files if stored in name]:
             self._files[old.replace(stored, name)] = self._files.pop(old)
             self._stored[old.replace(stored, name)] = old
 
@@ -70,8 +69,8 @@ class HuggingFaceWeights:
     def read(self, name: str, _rows: int | None = None) -> Tensor:
         """A tensor in its own dtype. Its file is mapped for as long as the tensor lives, and no longer."""
         with safe_open(self._files[name], framework="pt") as opened:
-            found: Tensor = opened.get_tensor(self._stored.get(name, name))
-        return found
+            tensor: Tensor = opened.get_tensor(self._stored.get(name, name))
+        return tensor
 
 
 def _headwise(weights: HuggingFaceWeights, values: dict[str, Any]) -> bool:
@@ -86,7 +85,7 @@ def _headwise(weights: HuggingFaceWeights, values: dict[str, Any]) -> bool:
 
 
 def _check_tensors(weights: HuggingFaceWeights, config: Config, source: Format) -> None:
-    expected = {one.name: one.shape for one in exported_tensors(config.model, source)}
+    expected = {tensor.name: tensor.shape for tensor in exported_tensors(config.model, source)}
     # A tied head may be written all the same.
     extra = weights.names() - set(expected) - ({"lm_head.weight"} if config.model.tie_embeddings else set())
     missing = set(expected) - weights.names()
@@ -119,7 +118,7 @@ def import_model(
 ) -> Path:
     """Write a run's folder whose checkpoint of step 0 has the weights of a Hugging Face model, in fp32.
 
-    Adam starts anew. `pretrain.py --config OUTPUT/config.yaml --data.paths ...` goes on from it.
+    Adam starts anew. `pretrain.py --config OUTPUT/config.yaml --data.paths ...` continues from it.
 
     Args:
         folder: a Hugging Face folder of one of `huggingface.FORMATS`' classes, with safetensors weights.
@@ -142,25 +141,26 @@ def import_model(
     if values.get("model_type") == "lfm3":
         weights.rename("self_attn.gate_proj", "self_attn.g_proj")
     try:
-        model, source, window = import_config(values, lambda: _headwise(weights, values))
+        model, source, context_length = import_config(values, lambda: _headwise(weights, values))
     except KeyError as error:
         raise ConfigurationError(
             f"{folder}: {error} is missing in its config.json or weights: copy it again"
         ) from error
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"{folder / 'config.json'}: a value is of the wrong kind ({error}): mend it"
-        ) from error
+        raise ConfigurationError(f"{folder / 'config.json'}: a value is of the wrong kind ({error}): fix it") from error
     model.vocab_size_multiple = vocab_size_multiple
     config = resolve(
         Config(
-            run=RunConfig(name=output.name, folder=str(output)), model=model, data=DataConfig(sequence_length=window)
+            run=RunConfig(name=output.name, folder=str(output)),
+            model=model,
+            data=DataConfig(sequence_length=context_length),
         )
     )
     _check_tensors(weights, config, source)
-    pieces = _tokenizer(folder, tokenizer)
-    tensors = ((one, import_tensor(one, model, source, weights.read)) for one in logical_parameters(model))
-    return write_run(output, config, tensors, pieces, {"imported_from": folder.name}, quiet)
+    tensors = (
+        (parameter, import_tensor(parameter, model, source, weights.read)) for parameter in logical_parameters(model)
+    )
+    return write_run(output, config, tensors, _tokenizer(folder, tokenizer), {"imported_from": folder.name}, quiet)
 
 
 def write_run(
@@ -171,7 +171,7 @@ def write_run(
     extra: dict[str, Any] | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Write a run's folder whose checkpoint of step 0 holds weights and no moments; whole, or not at all.
+    """Write a run's folder whose checkpoint of step 0 holds weights and no Adam moments; complete, or not at all.
 
     Args:
         config: resolved, vocabulary known.
@@ -184,15 +184,17 @@ def write_run(
     Returns:
         The checkpoint's folder.
     """
-    logical = logical_parameters(config.model)
-    with publishing(output) as partial:
+    parameters = logical_parameters(config.model)
+    with atomic_directory(output) as partial:
         checkpoint = partial / "checkpoints" / folder_name(0)
         checkpoint.mkdir(parents=True)
-        writer = ShardWriter(checkpoint / "weight-00000.safetensors", [(one.name, one.shape) for one in logical])
-        for one, values in tqdm(tensors, total=len(logical), unit="tensor", desc="weights", disable=quiet):
-            writer.write(one.name, values)
+        writer = ShardWriter(
+            checkpoint / "weight-00000.safetensors", [(parameter.name, parameter.shape) for parameter in parameters]
+        )
+        for parameter, values in tqdm(tensors, total=len(parameters), unit="tensor", desc="weights", disable=quiet):
+            writer.write(parameter.name, values)
         size, digest = writer.close()
-        names = [one.name for one in logical]
+        names = [parameter.name for parameter in parameters]
         entry = {"file": writer.path.name, "kind": "weight", "bytes": size, "xxh3_128": digest, "tensors": names}
         manifest = {
             "format": "megagamma checkpoint",

@@ -1,6 +1,6 @@
 """Our own model from a checkpoint, in one process, to compare an exported model with.
 
-Runs in a process of its own (`outputs_apart`): Megatron-core, its process groups and the CPU shims stay out of the
+Runs in a process of its own (`run_in_subprocess`): Megatron-core, its process groups and the CPU shims stay out of the
 process that runs transformers and lm-eval, and its memory is free again afterwards.
 """
 
@@ -21,11 +21,12 @@ from megagamma.config.io import from_dict
 from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, ParallelConfig
 from megagamma.errors import MegagammaError
+from megagamma.model.decoding import greedy_continuations
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a model is asked, so that two can be compared."""
+class ParityInputs:
+    """What two models compute, so that they can be compared."""
 
     checkpoint: Path
     tokens: Tensor
@@ -43,7 +44,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ParityOutputs:
     """logits [b, s, vocabulary] in fp32, and the greedy continuation."""
 
     logits: Tensor
@@ -64,24 +65,24 @@ def rounded(values: Tensor, role: str, dtype: torch.dtype, norm_offset: float) -
     return values if dtype == torch.float32 else (values - offset).to(dtype).float() + offset
 
 
-def answer(question: Question) -> Answer:
-    """Build the model in this process, fill it from the checkpoint, and answer."""
+def parity_outputs(inputs: ParityInputs) -> ParityOutputs:
+    """Build the model in this process, fill it from the checkpoint, and run it."""
     from megagamma.distributed.runtime import Runtime
     from megagamma.environment import World
     from megagamma.model.gpt import build_model
     from megagamma.model.parameters import ParameterMap
 
-    reader = CheckpointReader(question.checkpoint)
-    config = single_process(from_dict(reader.manifest["config"]), question.layer, question.device)
-    runtime = Runtime(config, World(0, 1, torch.device(question.device).index or 0, 1))
+    reader = CheckpointReader(inputs.checkpoint)
+    config = single_process(from_dict(reader.manifest["config"]), inputs.layer, inputs.device)
+    runtime = Runtime(config, World(0, 1, torch.device(inputs.device).index or 0, 1))
     chunk = build_model(config, torch.float32, runtime.device)[0].eval()
     for tensor in ParameterMap([chunk], config.model, 0, 1):
         for part in tensor.parts:
             name = part.logical.name
-            if question.layer is not None:
-                name = name.replace("model.layers.0.", f"model.layers.{question.layer}.")
+            if inputs.layer is not None:
+                name = name.replace("model.layers.0.", f"model.layers.{inputs.layer}.")
             values = reader.read("weight", name, part.start, part.shape)
-            values = rounded(values, part.logical.role, question.dtype, question.norm_offset)
+            values = rounded(values, part.logical.role, inputs.dtype, inputs.norm_offset)
             part.view(tensor.parameter.data).copy_(values)
 
     @torch.no_grad()
@@ -89,27 +90,28 @@ def answer(question: Question) -> Answer:
         tokens = tokens.to(runtime.device)
         positions = torch.arange(tokens.shape[1], device=runtime.device).expand(tokens.shape)
         # Without labels Megatron gives [b, s, padded vocabulary].
-        found: Tensor = chunk(tokens, positions, None)[..., : config.model.vocab_size].float().cpu()
-        return found
+        logits: Tensor = chunk(tokens, positions, None)[..., : config.model.vocab_size].float().cpu()
+        return logits
 
-    known = question.prompt.tolist()
-    for _ in range(question.new_tokens):
-        known.append(int(forward(torch.tensor([known]))[0, -1].argmax()))
-    found = Answer(forward(question.tokens), known[len(question.prompt) :])
+    def next_tokens(rows: list[list[int]]) -> list[int]:
+        return [int(forward(torch.tensor([row]))[0, -1].argmax()) for row in rows]
+
+    greedy = greedy_continuations(next_tokens, [inputs.prompt.tolist()], [inputs.new_tokens])[0]
+    outputs = ParityOutputs(forward(inputs.tokens), greedy)
     runtime.close_groups()
-    return found
+    return outputs
 
 
-def _answer_alone(question: Question, threads: int) -> Answer:
+def _subprocess_outputs(inputs: ParityInputs, threads: int) -> ParityOutputs:
     import warnings
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
-    return answer(question)
+    return parity_outputs(inputs)
 
 
-def outputs_apart(question: Question) -> Answer:
-    """`answer` in a process of its own.
+def run_in_subprocess(inputs: ParityInputs) -> ParityOutputs:
+    """`parity_outputs` in a process of its own.
 
     Raises:
         MegagammaError: the process was killed, as a system does that runs out of memory.
@@ -117,7 +119,7 @@ def outputs_apart(question: Question) -> Answer:
     context: Any = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_answer_alone, question, torch.get_num_threads()).result()
+            return pool.submit(_subprocess_outputs, inputs, torch.get_num_threads()).result()
         except BrokenProcessPool as error:
             raise MegagammaError(
                 "the process that ran our model for the comparison was killed, perhaps for want of memory: use --parity layers"

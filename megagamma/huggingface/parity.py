@@ -17,7 +17,7 @@ from megagamma.config.schema import Config
 from megagamma.errors import MegagammaError
 from megagamma.huggingface.formats import Format
 from megagamma.huggingface.importing import HuggingFaceWeights
-from megagamma.huggingface.native import Answer, Question
+from megagamma.huggingface.native import ParityInputs, ParityOutputs
 
 # In fp32 the two differ by 0 to 1e-5; a misplaced gate, norm or epsilon by 1e-3 and more.
 TOLERANCE = 1e-4
@@ -78,16 +78,16 @@ def needed_bytes(parameters: int) -> int:
 
 def free_memory(device: str) -> int:
     """Memory that a comparison may take: of the GPU, and of this machine within the limit of its control group. Bytes."""
-    found = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
-            found = min(found, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
     if device.startswith("cuda"):
-        found = min(found, torch.cuda.mem_get_info(torch.device(device))[0])
-    return max(0, found)
+        free = min(free, torch.cuda.mem_get_info(torch.device(device))[0])
+    return max(0, free)
 
 
 def sampled_layers(count: int, sample: int = 3) -> list[int]:
@@ -97,17 +97,17 @@ def sampled_layers(count: int, sample: int = 3) -> list[int]:
     return sorted({round(index * (count - 1) / (sample - 1)) for index in range(sample)})
 
 
-def question_of(
+def parity_inputs(
     config: Config, checkpoint: Path, target: Format, dtype: torch.dtype, layer: int | None, device: str
-) -> Question:
-    """Random tokens, as hard as any: two windows, cut where the vocabulary is large."""
+) -> ParityInputs:
+    """Random tokens, as hard as any: two sequences, shorter where the vocabulary is large."""
     vocabulary = config.model.vocab_size
     assert vocabulary is not None
     length = max(8, min(config.data.sequence_length, 256, _NUMBERS // (2 * vocabulary)))
     generator = torch.Generator().manual_seed(20)
     tokens = torch.randint(0, vocabulary, (2, length), generator=generator)
     new = max(1, min(16, config.data.sequence_length - 8)) if layer is None else 0
-    return Question(checkpoint, tokens, tokens[0, : min(8, length)], new, layer, dtype, target.norm_offset, device)
+    return ParityInputs(checkpoint, tokens, tokens[0, : min(8, length)], new, layer, dtype, target.norm_offset, device)
 
 
 def exported_model(folder: Path, layer: int | None = None, trust: bool = False) -> torch.nn.Module:
@@ -124,11 +124,11 @@ def exported_model(folder: Path, layer: int | None = None, trust: bool = False) 
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
     model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
-    weights, mine = HuggingFaceWeights(folder), f"model.layers.{layer}."
+    weights, prefix = HuggingFaceWeights(folder), f"model.layers.{layer}."
     state = {
-        name.replace(mine, "model.layers.0."): weights.read(name).float()
+        name.replace(prefix, "model.layers.0."): weights.read(name).float()
         for name in weights.names()
-        if name.startswith(mine) or not name.startswith("model.layers.")
+        if name.startswith(prefix) or not name.startswith("model.layers.")
     }
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
@@ -137,21 +137,21 @@ def exported_model(folder: Path, layer: int | None = None, trust: bool = False) 
 
 
 @torch.no_grad()
-def _theirs(question: Question, model: torch.nn.Module) -> Answer:
-    device = torch.device(question.device)
+def _theirs(inputs: ParityInputs, model: torch.nn.Module) -> ParityOutputs:
+    device = torch.device(inputs.device)
     model.to(device)
-    found: Any = model(input_ids=question.tokens.to(device))
+    outputs: Any = model(input_ids=inputs.tokens.to(device))
     greedy: list[int] = []
-    if question.new_tokens:
-        prompt = question.prompt.unsqueeze(0).to(device)
+    if inputs.new_tokens:
+        prompt = inputs.prompt.unsqueeze(0).to(device)
         whole: Any = model
         whole.generation_config.eos_token_id = None
         out = whole.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=question.new_tokens, do_sample=False,
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=inputs.new_tokens, do_sample=False,
             pad_token_id=0,
         )  # fmt: skip
         greedy = out[0, prompt.shape[1] :].tolist()
-    return Answer(found.logits.float().cpu(), greedy)
+    return ParityOutputs(outputs.logits.float().cpu(), greedy)
 
 
 def compare(
@@ -161,7 +161,7 @@ def compare(
     target: Format,
     dtype: torch.dtype,
     *,
-    native: Callable[[Question], Answer],
+    native: Callable[[ParityInputs], ParityOutputs],
     layers: list[int] | None = None,
     tolerance: float = TOLERANCE,
     device: str = "cpu",
@@ -170,7 +170,7 @@ def compare(
 
     Args:
         config: of the run, vocabulary known.
-        native: gives our model's answer, such as `megagamma.huggingface.native.outputs_apart`.
+        native: runs our model, such as `megagamma.huggingface.native.run_in_subprocess`.
         layers: compare only these, one after the other, each between embedding and head: for models whose fp32 weights
             do not fit in memory. None: the whole model.
         device: of both models.
@@ -180,10 +180,10 @@ def compare(
     absolute = relative = 0.0
     tokens, equal, greedy = 0, True, 0
     for layer in [None] if layers is None else layers:
-        question = question_of(config, checkpoint, target, dtype, layer, device)
-        ours = native(question)
+        inputs = parity_inputs(config, checkpoint, target, dtype, layer, device)
+        ours = native(inputs)
         model = exported_model(folder, layer, trust=target.code is not None)
-        theirs = _theirs(question, model)
+        theirs = _theirs(inputs, model)
         del model
         gc.collect()
         if ours.logits.shape != theirs.logits.shape:
@@ -195,7 +195,7 @@ def compare(
             difference = math.inf  # max() would drop what is not a number
         absolute = max(absolute, difference)
         relative = max(relative, difference / max(float(ours.logits.abs().max()), 1e-30))
-        tokens += question.tokens.numel()
+        tokens += inputs.tokens.numel()
         equal &= ours.greedy == theirs.greedy
         greedy += len(ours.greedy)
     compared = "whole model" if layers is None else f"layers {', '.join(map(str, layers))}, each alone"

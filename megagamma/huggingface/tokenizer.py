@@ -42,7 +42,7 @@ def build_tokenizer(model_file: Path) -> Any:
     proto: Any = pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model_file.read_bytes())
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    for name, found, wanted in (
+    for name, value, expected in (
         ("model_type", trainer.model_type, 2),
         ("byte_fallback", trainer.byte_fallback, True),
         ("add_dummy_prefix", normalizer.add_dummy_prefix, False),
@@ -50,9 +50,9 @@ def build_tokenizer(model_file: Path) -> Any:
         ("normalization rules", len(normalizer.precompiled_charsmap), 0),
         ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
     ):
-        if found != wanted:
+        if value != expected:
             raise ConfigurationError(
-                f"{model_file}: {name}={found}: a Hugging Face tokenizer equals a SentencePiece model only with {wanted} "
+                f"{model_file}: {name}={value}: a Hugging Face tokenizer equals a SentencePiece model only with {expected} "
                 "(BPE is model_type 2): use --tokenizer none to export without one, or train with tools/prepare_data.py"
             )
     kinds = type(proto.pieces[0])
@@ -73,27 +73,27 @@ def build_tokenizer(model_file: Path) -> Any:
     ]
     merges.sort(key=lambda merge: -merge[0])
     unknown = proto.pieces[trainer.unk_id].piece
-    found = tokenizers.Tokenizer(
+    converted = tokenizers.Tokenizer(
         models.BPE(
             vocab=vocabulary, merges=[(left, right) for _, left, right in merges], unk_token=unknown,
             byte_fallback=True, fuse_unk=False,
         )
     )  # fmt: skip
-    found.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    found.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in control])
+    converted.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    converted.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in control])
     # As in training, where a control piece's name in a text is text.
-    found.encode_special_tokens = True
-    return found
+    converted.encode_special_tokens = True
+    return converted
 
 
 def sample_texts(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[str]:
     """Texts for the proof: the edges, and runs of random pieces, which meet in ways that no prose would show."""
     rng = random.Random(seed)
-    found = list(EDGES)
-    while len(found) < count:
+    texts = list(EDGES)
+    while len(texts) < count:
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 64))]
-        found.append(tokenizer.decode(ids))
-    return found
+        texts.append(tokenizer.decode(ids))
+    return texts
 
 
 def prove_equal(ours: Tokenizer, theirs: Any, texts: list[str]) -> int:
@@ -109,30 +109,30 @@ def prove_equal(ours: Tokenizer, theirs: Any, texts: list[str]) -> int:
         Number of texts.
     """
     for text in texts:
-        wanted, found = ours.encode(text), theirs.encode(text, add_special_tokens=False).ids
-        if wanted != found:
+        expected, converted = ours.encode(text), theirs.encode(text, add_special_tokens=False).ids
+        if expected != converted:
             raise DataError(
-                f"tokenizer: the converted one differs on {text[:80]!r}: {found[:12]} in place of {wanted[:12]}: use "
+                f"tokenizer: the converted one differs on {text[:80]!r}: {converted[:12]} in place of {expected[:12]}: use "
                 "--tokenizer none to export without one"
             )
-        back = theirs.decode(found, skip_special_tokens=False)
-        if back != ours.decode(wanted):
+        back = theirs.decode(converted, skip_special_tokens=False)
+        if back != ours.decode(expected):
             raise DataError(f"tokenizer: the converted one gives {back[:80]!r} for {text[:80]!r}")
     return len(texts)
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """Token ids for config.json. There is no beginning-of-text token: training puts none before a document."""
+    """Token ids for config.json. There is no bos token: training puts none before a document."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return {"bos_token_id": None, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def export_tokenizer(tokenizer: Tokenizer, folder: Path, window: int, texts: list[str]) -> int:
+def export_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int, texts: list[str]) -> int:
     """Write tokenizer.json and what transformers needs beside it, and the SentencePiece model itself.
 
     Args:
-        window: longest input that the model was trained on. Unit: tokens.
+        context_length: longest input that the model was trained on. Unit: tokens.
         texts: for the proof, beside `sample_texts`.
 
     Raises:
@@ -151,7 +151,7 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, window: int, texts: lis
     settings: dict[str, Any] = {
         # Where the class is missing, folders of some model types silently load another one's tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": window,
+        "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "padding_side": "left",

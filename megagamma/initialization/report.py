@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from megagamma.config.schema import ROLES, InitConfig, ModelConfig
 from megagamma.errors import InitializationError
 from megagamma.initialization.gamma import attenuation, effective_gamma
@@ -14,18 +16,28 @@ from megagamma.initialization.streams import truncated_variance
 
 # Input of a norm this many times sqrt(epsilon) or less is called saturated: attenuation 0.995 [INF].
 SATURATION_FACTOR = 10.0
+_CHUNK = 1 << 22  # numbers that are looked at together; unit: 32 MiB of float64
 
 
 @dataclass
-class Moments:
+class WeightStatistics:
     """Sums over drawn numbers; two ranks' sums add up to the whole matrix's."""
 
     count: int = 0
     total: float = 0.0
     square: float = 0.0
 
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.square + other.square)
+    @classmethod
+    def of(cls, values: Tensor) -> WeightStatistics:
+        """Of all numbers of a tensor, in float64, a chunk at a time."""
+        statistics = cls()
+        for chunk in values.detach().flatten().split(_CHUNK):
+            wide = chunk.double()
+            statistics += cls(wide.numel(), float(wide.sum()), float(wide.square().sum()))
+        return statistics
+
+    def __add__(self, other: WeightStatistics) -> WeightStatistics:
+        return WeightStatistics(self.count + other.count, self.total + other.total, self.square + other.square)
 
     @property
     def mean(self) -> float:
@@ -34,6 +46,10 @@ class Moments:
     @property
     def std(self) -> float:
         return math.sqrt(max(self.square / max(self.count, 1) - self.mean**2, 0.0))
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.square / max(self.count, 1))
 
 
 @dataclass
@@ -54,15 +70,21 @@ class MatrixReport:
 
 
 def measure(
-    name: str, role: str, shape: tuple[int, ...], d_in: int, target: float, moments: Moments, init: InitConfig
+    name: str,
+    role: str,
+    shape: tuple[int, ...],
+    d_in: int,
+    target: float,
+    statistics: WeightStatistics,
+    init: InitConfig,
 ) -> MatrixReport:
-    """Compare a matrix's measured moments with the target std.
+    """Compare a matrix's measured statistics with the target std.
 
     Returns:
         The report; `z` is the worse of the std's and the mean's distance in standard errors, signed.
     """
-    z_std = (moments.std / target - 1.0) / relative_standard_error(moments.count, init)
-    z_mean = moments.mean / (target / math.sqrt(max(moments.count, 1)))
+    z_std = (statistics.std / target - 1.0) / relative_standard_error(statistics.count, init)
+    z_mean = statistics.mean / (target / math.sqrt(max(statistics.count, 1)))
     z = z_std if abs(z_std) >= abs(z_mean) else z_mean
     return MatrixReport(
         name,
@@ -70,9 +92,9 @@ def measure(
         list(shape),
         d_in,
         target,
-        moments.std,
-        moments.mean,
-        moments.count,
+        statistics.std,
+        statistics.mean,
+        statistics.count,
         z,
         effective_gamma(target, d_in),
     )
@@ -95,20 +117,20 @@ def relative_standard_error(count: int, init: InitConfig) -> float:
 
 def by_role(matrices: Iterable[MatrixReport], init: InitConfig) -> list[MatrixReport]:
     """One row per role (and target std), its matrices pooled, in the order of `ROLES`."""
-    pooled: dict[tuple[str, float], tuple[MatrixReport, Moments, int]] = {}
+    pooled: dict[tuple[str, float], tuple[MatrixReport, WeightStatistics, int]] = {}
     for matrix in matrices:
         key = (matrix.role, matrix.asked_std)
         square = (matrix.measured_std**2 + matrix.measured_mean**2) * matrix.count
-        moments = Moments(matrix.count, matrix.measured_mean * matrix.count, square)
+        statistics = WeightStatistics(matrix.count, matrix.measured_mean * matrix.count, square)
         if key in pooled:
             first, known, number = pooled[key]
-            pooled[key] = (first, known + moments, number + 1)
+            pooled[key] = (first, known + statistics, number + 1)
         else:
-            pooled[key] = (matrix, moments, 1)
+            pooled[key] = (matrix, statistics, 1)
     rows = []
-    for (role, target), (first, moments, number) in pooled.items():
+    for (role, target), (first, statistics, number) in pooled.items():
         shape = tuple(first.shape)
-        rows.append(measure(f"{number} x {role}", role, shape, first.d_in, target, moments, init))
+        rows.append(measure(f"{number} x {role}", role, shape, first.d_in, target, statistics, init))
     order = {role: index for index, role in enumerate(ROLES)}
     return sorted(rows, key=lambda row: order.get(row.role, len(order)))
 

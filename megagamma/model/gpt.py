@@ -172,7 +172,7 @@ def _build_chunk(config: Config, core: TransformerConfig, stage: int | None) -> 
 
 
 def assert_norms(chunks: list[torch.nn.Module], epsilon: float) -> int:
-    """Check that every norm of the built model has the asked epsilon.
+    """Check that every norm of the built model has the config's epsilon.
 
     Raises:
         ConfigurationError: naming a norm with another epsilon.

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from megagamma.config.schema import Config
 from megagamma.initialization.gamma import ModelShape, d_in, target_std
-from megagamma.initialization.report import MatrixReport, Moments, measure
+from megagamma.initialization.report import MatrixReport, WeightStatistics, measure
 from megagamma.initialization.streams import normal_
 from megagamma.model.parameters import LogicalParameter, MappedTensor, ParameterMap, Part
+
+Drawn = dict[str, WeightStatistics]
+"""Statistics of what was drawn, by logical name."""
 
 
 def part_std(part: Part, config: Config) -> float:
@@ -45,19 +48,10 @@ def draw(tensor: MappedTensor, out: Tensor, config: Config) -> None:
             )
 
 
-def moments(values: Tensor) -> Moments:
-    """Count, sum and sum of squares, accumulated in fp64 in pieces of bounded size."""
-    found = Moments()
-    for piece in values.detach().flatten().split(1 << 22):
-        wide = piece.double()
-        found += Moments(wide.numel(), float(wide.sum()), float(wide.square().sum()))
-    return found
-
-
 @torch.no_grad()
 def fill(
     parameter_map: ParameterMap, config: Config, write: Callable[[MappedTensor, Tensor], None] | None = None
-) -> dict[str, Moments]:
+) -> Drawn:
     """Fill this rank's weights, and mark which are split.
 
     Args:
@@ -66,10 +60,10 @@ def fill(
         write: stores a whole local tensor in a weight that was partitioned while it was built (ZeRO 3).
 
     Returns:
-        Moments of what this rank drew, by logical name; sum them over the ranks of the model with `report_drawn`.
+        Statistics of what this rank drew, by logical name; sum them over the ranks of the model with `report_drawn`.
     """
     parameter_map.mark_tensor_parallel()
-    drawn: dict[str, Moments] = {}
+    drawn: Drawn = {}
     for tensor in parameter_map:
         values = tensor.parameter.data
         if tensor.is_partitioned:
@@ -80,31 +74,33 @@ def fill(
             write(tensor, values)
         for part in tensor.parts:
             if part.logical.role != "norm":
-                found = moments(part.view(values))
-                drawn[part.logical.name] = drawn.get(part.logical.name, Moments()) + found
+                statistics = WeightStatistics.of(part.view(values))
+                drawn[part.logical.name] = drawn.get(part.logical.name, WeightStatistics()) + statistics
     return drawn
 
 
 def report_drawn(
-    drawn: dict[str, Moments], config: Config, gather: Callable[[dict[str, Moments]], list[dict[str, Moments]]]
+    drawn: dict[str, WeightStatistics],
+    config: Config,
+    gather: Callable[[dict[str, WeightStatistics]], list[dict[str, WeightStatistics]]],
 ) -> list[MatrixReport]:
     """Compare what all ranks of the model drew with the target stds.
 
     Args:
-        drawn: this rank's moments from `fill`.
+        drawn: this rank's statistics from `fill`.
         config: the run's.
-        gather: collects the moments of the ranks that hold one copy of the model, this one's included.
+        gather: collects the statistics of the ranks that hold one copy of the model, this one's included.
 
     Returns:
         One report per logical matrix, in the model's order. A tied embedding that two pipeline stages hold is
-        counted twice, which leaves its moments as they are.
+        counted twice, which leaves its mean and std as they are.
     """
     from megagamma.model.parameters import logical_parameters
 
-    total: dict[str, Moments] = {}
+    total: Drawn = {}
     for one in gather(drawn):
         for name, found in one.items():
-            total[name] = total.get(name, Moments()) + found
+            total[name] = total.get(name, WeightStatistics()) + found
     reports = []
     for logical in logical_parameters(config.model):
         if logical.role == "norm":

@@ -9,7 +9,7 @@ A logical matrix is split over tensor-parallel ranks along one axis in contiguou
   and no gate rows without an elementwise gate; a rank holds whole groups.
 - `linear_fc1.weight`: on each rank, [gate shard ; up shard].
 
-This module needs no Megatron: it speaks of names and shapes.
+This module needs no Megatron: it deals in names and shapes.
 """
 
 from __future__ import annotations

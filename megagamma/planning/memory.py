@@ -288,7 +288,7 @@ def plan(config: Config, world_size: int) -> MemoryPlan:
 
 
 def _choices(config: Config, world_size: int, zero: int) -> Iterator[dict[str, Any]]:
-    """Changes of knobs that save memory, fewest first, then in the order of the list below."""
+    """Changes of options that save memory, fewest first, then in the order of the list below."""
     parallel, micro = config.parallel, config.data.micro_batch_size
     options: list[tuple[str, list[Any]]] = [
         ("data.micro_batch_size", [size for size in range(micro - 1, 0, -1) if micro % size == 0]),
@@ -298,19 +298,19 @@ def _choices(config: Config, world_size: int, zero: int) -> Iterator[dict[str, A
         ("parallel.pipeline", [p for p in range(parallel.pipeline + 1, world_size + 1) if world_size % p == 0]),
     ]
     for number in range(1, len(options) + 1):
-        for knobs in itertools.combinations(options, number):
-            for values in itertools.product(*(found for _, found in knobs)):
-                yield dict(zip((name for name, _ in knobs), values, strict=True))
+        for chosen in itertools.combinations(options, number):
+            for values in itertools.product(*(choices for _, choices in chosen)):
+                yield dict(zip((name for name, _ in chosen), values, strict=True))
 
 
 def nearest_fit(config: Config, world_size: int) -> tuple[dict[str, Any], float] | None:
-    """The smallest change of knobs with which a run fits in parallel.memory_gib.
+    """The smallest change of options with which a run fits in parallel.memory_gib.
 
-    Of changes of equally many knobs the first is taken in this order: smaller micro batch, recomputation, higher ZeRO
+    Of changes of equally many options the first is taken in this order: smaller micro batch, recomputation, higher ZeRO
     stage, more tensor-parallel ranks, more pipeline stages. Only what `validate` allows is looked at.
 
     Returns:
-        The knobs with their values, and what the fullest rank then needs (unit: bytes); None when nothing fits.
+        The options with their values, and what the fullest rank then needs (unit: bytes); None when nothing fits.
     """
     limit = config.parallel.memory_gib
     assert limit is not None

@@ -14,8 +14,8 @@ import torch
 
 from megagamma.config.schema import ROLES, Config, InitConfig
 from megagamma.initialization.gamma import SCHEMES, exponent
-from megagamma.initialization.report import MatrixReport, Moments, measure, norm_saturation
-from megagamma.model.initialize import draw, moments, parameter_std
+from megagamma.initialization.report import MatrixReport, WeightStatistics, measure, norm_saturation
+from megagamma.model.initialize import draw, parameter_std
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part, logical_parameters
 from megagamma.planning.flops import flops_per_token, parameter_counts, tokens_for_budget
 from megagamma.planning.memory import plan
@@ -56,12 +56,12 @@ def _strip(logical: LogicalParameter, elements: int, from_end: bool) -> Part:
     return Part(logical, (rows - count if from_end else 0, 0), (0, count), (columns,))
 
 
-def _draw(part: Part, config: Config) -> Moments:
-    """Moments of a part, drawn as into a real model."""
+def _draw(part: Part, config: Config) -> WeightStatistics:
+    """Statistics of a part, drawn as into a real model."""
     out = torch.empty(part.shape, dtype=torch.float32)
     # `draw` reads no more of a mapped tensor than its parts.
     draw(MappedTensor("", None, part.shape, (part,)), out, config)  # type: ignore[arg-type]
-    return moments(out)
+    return WeightStatistics.of(out)
 
 
 def sample_rows(config: Config, by_matrix: bool = False, elements: int = SAMPLE_ELEMENTS) -> list[SampledRow]:
@@ -91,7 +91,7 @@ def sample_rows(config: Config, by_matrix: bool = False, elements: int = SAMPLE_
                 ends = [_strip(matrices[0], elements, False)]
             groups = [(f"{len(matrices)} x {role}", len(matrices), ends)]
         for name, number, parts in groups:
-            total = sum((_draw(part, config) for part in parts), Moments())
+            total = sum((_draw(part, config) for part in parts), WeightStatistics())
             inputs, target = parameter_std(matrices[0], config)
             report = measure(name, role, matrices[0].shape, inputs, target, total, config.init)
             rows.append(SampledRow(report, number, target_gamma(config.init, role)))

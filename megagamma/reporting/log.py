@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, events.jsonl, the console, and wandb as a mirror."""
+"""What a run reports: metrics.jsonl, events.jsonl, the console, and wandb as a mirror."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs side by side: a table of where they ended, and their loss curves. Reads only the runs' folders."""
+"""Runs side by side: where they ended, and their curves, as numbers. Reads only the runs' folders."""
 
 from __future__ import annotations
 
@@ -69,47 +69,3 @@ def comparison(runs: list[RunRecord]) -> list[dict[str, Any]]:
         row["minutes"] = run.metrics[-1]["seconds"] / 60
         rows.append(row)
     return rows
-
-
-def as_table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4f}" if abs(value) < 100 else f"{value:,.0f}"
-        return f"{value:,}" if isinstance(value, int) else str(value)
-
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(cell(row.get(key, "")) for key in keys) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def plot(runs: list[RunRecord], path: Path) -> None:
-    """Training loss (smoothed over 1/50 of the run) and validation in bits per byte, over tokens, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = sorted({name for run in runs for name in run.validation_names})
-    figure, axes = plt.subplots(1, 1 + len(names), figsize=(6 * (1 + len(names)), 4), squeeze=False)
-    for run in runs:
-        tokens, losses = run.curve("loss")
-        window = max(1, len(losses) // 50)
-        smooth = [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-        label = f"{run.name} (gamma {run.gamma:g})"
-        axes[0][0].plot(tokens, smooth, label=label)
-        for axis, name in zip(axes[0][1:], names, strict=True):
-            axis.plot(*run.curve(f"val/{name}/bits_per_byte"), marker="o", markersize=3, label=label)
-    axes[0][0].set_ylabel("training loss [nats/token]")
-    for axis, name in zip(axes[0][1:], names, strict=True):
-        axis.set_ylabel(f"validation on {name} [bits/byte]")
-    for axis in axes[0]:
-        axis.set_xlabel("tokens")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from megagamma.reporting.tables import markdown_table
 from megagamma.testing.ranks import RankPool
 
 
@@ -123,14 +124,15 @@ def compare(found: Trace, reference: Trace) -> dict[str, Any]:
 
 def equality_table(rows: list[tuple[str, str, dict[str, Any]]]) -> str:
     """Markdown table of (variant, layout, comparison)."""
-    lines = [
-        "| model | layout | initial weights | loss, largest relative difference | gradient norm, the same |",
-        "|---|---|---|---|---|",
-    ]
-    for variant, layout, row in rows:
-        same = "equal to the bit" if row["weights equal"] else "DIFFERENT"
-        lines.append(f"| {variant} | {layout} | {same} | {row['loss']:.1e} | {row['norm']:.1e} |")
-    return "\n".join(lines)
+    columns = ("model", "layout", "initial weights", "loss, largest relative difference", "gradient norm, the same")
+    weights = {True: "equal to the bit", False: "DIFFERENT"}
+    return markdown_table(
+        columns,
+        [
+            (variant, layout, weights[row["weights equal"]], f"{row['loss']:.1e}", f"{row['norm']:.1e}")
+            for variant, layout, row in rows
+        ],
+    )
 
 
 class Pools:

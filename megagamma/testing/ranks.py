@@ -16,6 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from megagamma.cli import ignore_library_warnings
+
 
 class RankError(AssertionError):
     """A rank of the pool raised, died or gave no answer; the message holds its traceback."""
@@ -34,6 +36,7 @@ def _serve(rank: int, size: int, port: int, path: list[str], pipe: Connection) -
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
+    ignore_library_warnings()
     import torch
 
     torch.set_num_threads(1)

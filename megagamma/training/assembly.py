@@ -19,10 +19,10 @@ from megagamma.model.parameters import ParameterMap
 from megagamma.training.optimizer import parameter_groups
 
 
-def choose_dtype(config: Config, runtime: Runtime) -> tuple[torch.dtype, str | None]:
+def choose_dtype(config: Config, data_parallel_size: int, device: torch.device) -> tuple[torch.dtype, str | None]:
     """`precision.dtype` as a dtype, and a warning with the measured ratio for bf16 on a CPU."""
-    kind: Literal["cpu", "cuda"] = "cuda" if runtime.device.type == "cuda" else "cpu"
-    if planned_dtype(config, runtime.data_size, kind) == "fp32":
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    if planned_dtype(config, data_parallel_size, kind) == "fp32":
         return torch.float32, None
     if kind == "cuda":
         return torch.bfloat16, None
@@ -59,7 +59,7 @@ def fresh_engine(config: Config, runtime: Runtime) -> Engine:
         config: resolved and validated, vocabulary known.
         runtime: this process, its groups formed.
     """
-    dtype, _warning = choose_dtype(config, runtime)
+    dtype, _warning = choose_dtype(config, runtime.data_size, runtime.device)
     chunks, parameter_map = build(config, runtime, dtype)
     fill(parameter_map, config, partition_writer(runtime))
     return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))

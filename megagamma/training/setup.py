@@ -193,7 +193,7 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
-    dtype, warning = choose_dtype(config, runtime)
+    dtype, warning = choose_dtype(config, runtime.data_size, runtime.device)
     resume = _find_resume(config, runtime, folder, data.fingerprint)
 
     begin = time.perf_counter()

@@ -156,7 +156,7 @@ def test_distributed_checkpoint_of_torch_reads_it(tmp_path: Path, two_ranks: Ran
 
 @pytest.mark.parametrize("fault", ["truncated", "bit flipped", "missing", "manifest cut"])
 def test_damage_is_named(tmp_path: Path, whole: Path, fault: str) -> None:
-    folder = halfway(whole, tmp_path / "damaged") / "checkpoints" / f"step_{HALF:08d}"
+    folder = halfway(whole, tmp_path / "corrupt") / "checkpoints" / f"step_{HALF:08d}"
     verify(folder, read_manifest(folder))
     victim = folder / ("checkpoint.json" if fault == "manifest cut" else "exp_avg-00000.safetensors")
     content = bytearray(victim.read_bytes())

@@ -139,7 +139,7 @@ def test_verify_names_the_damaged_file_and_the_newest_sound_checkpoint(run, tmp_
     folders = [write(tmp_path / "run", step) for step in (1, 2, 3)]
     code, out, err = run("verify", tmp_path / "run")
     assert (code, err) == (0, "") and out.count(" ok\n") == 3 * 4
-    assert f"newest sound checkpoint: {folders[2]}\n" in out
+    assert f"newest valid checkpoint: {folders[2]}\n" in out
     flip(folders[2] / "exp_avg-00000.safetensors")
     code, out, err = run("verify", tmp_path / "run", "--json", tmp_path / "x.json")
     assert code == 2 and err.count("\n") == 1
@@ -158,7 +158,7 @@ def test_verify_sees_other_damage_without_checksums(run, tmp_path, fault):
     victim.unlink() if "missing" in fault else victim.write_bytes(victim.read_bytes()[:-1])
     code, out, err = run("verify", tmp_path / "run", "--quick")
     assert code == 2 and victim.name in err
-    assert "newest sound checkpoint: none" in out
+    assert "newest valid checkpoint: none" in out
 
 
 @pytest.mark.parametrize("command", ["inspect", "diff"])
@@ -195,7 +195,7 @@ def test_diff_measures_each_tensor(run, tmp_path):
     write(tmp_path / "b", 2, values, learning_rate=5e-4)
     code, out, _ = run("diff", tmp_path / "a", tmp_path / "b", "--json", tmp_path / "x.json")
     assert code == 1
-    assert "knob  optimizer.lr: 0.001 -> 0.0005" in out
+    assert "option  optimizer.lr: 0.001 -> 0.0005" in out
     found = json.loads((tmp_path / "x.json").read_text())
     (row,) = found["different"]
     assert (row["kind"], row["name"]) == ("exp_avg", NAMES[1])
@@ -221,8 +221,8 @@ def test_tensors_that_cannot_be_compared_differ_at_any_tolerance(run, tmp_path):
 
 def test_differences_of_special_numbers(monkeypatch):
     nan, inf = math.nan, math.inf
-    for piece in (checkpoint_tools._PIECE, 1):
-        monkeypatch.setattr(checkpoint_tools, "_PIECE", piece)
+    for piece in (checkpoint_tools._CHUNK, 1):
+        monkeypatch.setattr(checkpoint_tools, "_CHUNK", piece)
         for a, b, expected in (
             ([1.0, nan, inf], [1.0, nan, inf], (0.0, 0.0)),
             ([0.0, 2.0], [-0.0, 1.0], (1.0, 0.5)),
@@ -235,7 +235,7 @@ def test_differences_of_special_numbers(monkeypatch):
 
 
 def test_knobs_of_other_versions():
-    assert config_differences({"a": {"x": 1}, "b": 2}, {"a": {"x": 1, "y": 3}, "b": 2}) == ["a.y: (not a knob) -> 3"]
+    assert config_differences({"a": {"x": 1}, "b": 2}, {"a": {"x": 1, "y": 3}, "b": 2}) == ["a.y: (not an option) -> 3"]
     assert config_differences({"a": {"m": {"k": 1}}}, {"a": {"m": {"k": 2}}}) == ["a.m: {'k': 1} -> {'k': 2}"]
 
 

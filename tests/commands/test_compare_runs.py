@@ -13,7 +13,8 @@ from support.processes import attempt, metrics
 from support.ranks import RankPool
 
 from megagamma.errors import DataError
-from megagamma.runs.compare import as_table, comparison, read_run
+from megagamma.reporting.comparison import as_table
+from megagamma.runs.compare import comparison, read_run
 
 GAMMAS = {"usual": 0.5, "small": 1.0}
 

@@ -13,7 +13,7 @@ import torch
 from megagamma.cli import main_guard
 from megagamma.commands import inspect_init
 from megagamma.config.schema import Config, InitConfig, resolve_model
-from megagamma.initialization.report import Moments
+from megagamma.initialization.report import WeightStatistics
 from megagamma.initialization.streams import normal_
 from megagamma.planning import preview as inspection
 from megagamma.planning.preview import compare_schemes, sample_rows
@@ -146,7 +146,7 @@ def test_comparison_has_a_column_per_scheme(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--init.gama", "1"), "init.gama is not a knob: did you mean init.gamma?"),
+        (("--init.gama", "1"), "init.gama is not an option: did you mean init.gamma?"),
         (("--config=nowhere.yaml",), "--config nowhere.yaml: there is no such file"),
         (("--parallel.tensor", "3", "--world_size", "3"), "parallel.tensor=3 must divide model.num_query_groups=2"),
         (("--parallel.tensor", "2", "--world_size", "3"), "must divide the number of processes, 3"),
@@ -234,7 +234,9 @@ def test_a_wrong_sample_is_seen(monkeypatch):
     monkeypatch.setattr(
         inspection,
         "_draw",
-        lambda part, config: (m := right(part, config)) and Moments(m.count, m.total * 1.03, m.square * 1.03**2),
+        lambda part, config: (
+            (m := right(part, config)) and WeightStatistics(m.count, m.total * 1.03, m.square * 1.03**2)
+        ),
     )
     assert all(row.report.z > 6 for row in sample_rows(tiny(), elements=1 << 18))
 

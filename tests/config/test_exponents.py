@@ -97,8 +97,8 @@ def test_the_later_one_wins_role_by_role(tmp_path: Path) -> None:
     [
         (["--init.exponents.embeding", "0.5"], ("'embeding' is not a role", *ROLES)),
         (["--init.exponents", "{norm: 0.5}"], ("'norm' is not a role", *ROLES)),
-        (["--init.embeding", "0.5"], ("init.embeding is not a knob: did you mean init.embedding?",)),
-        (["--init.head.x", "0.5"], ("init.head.x is not a knob",)),
+        (["--init.embeding", "0.5"], ("init.embeding is not an option: did you mean init.embedding?",)),
+        (["--init.head.x", "0.5"], ("init.head.x is not an option",)),
         (
             ["--init.head", "0.5", "--init.exponents.head", "0.6"],
             ("init.head=0.5", "init.exponents.head=0.6", "one of"),

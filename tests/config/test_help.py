@@ -1,4 +1,4 @@
-"""Every knob is described, once, where it is declared; `--help` repeats it and answers at once."""
+"""Every option is described, once, where it is declared; `--help` repeats it and answers at once."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_run_takes_the_planned_dtype(root: Path, monkeypatch: pytest.MonkeyPat
     import torch
 
     from megagamma.distributed.deepspeed_config import fill_deepspeed_config
-    from megagamma.training.setup import choose_dtype
+    from megagamma.training.assembly import choose_dtype
 
     monkeypatch.chdir(root)
     config = parse_config([*TINY, "--deepspeed_config", "configs/deepspeed/zero0.json"])

@@ -1,4 +1,4 @@
-"""The config: every knob is described, every mistake in it is answered with what to do."""
+"""The config: every option is described, every mistake in it is answered with what to do."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def complaint(*arguments: str, world_size: int = 1) -> str:
 
 
 def written(folder: Path, text: str | dict[str, Any]) -> str:
-    path = folder / "knobs.yaml"
+    path = folder / "options.yaml"
     path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
     return str(path)
 
 
 # -- every rule ------------------------------------------------------------------------------------------------
 
-# (command line, processes, what the message must hold: the knob, its value, and the remedy or the bound)
+# (command line, processes, what the message must hold: the option, its value, and the remedy or the bound)
 RULES: list[tuple[str, int, tuple[str, ...]]] = [
     ("--run.tokens 1e6", 1, ("run.steps=20", "run.tokens=1e+06", "give one of them")),
     ("--run.seed 18446744073709551616", 1, ("run.seed=18446744073709551616", "below 2^64")),
@@ -136,7 +136,7 @@ def test_rule(arguments: str, processes: int, parts: tuple[str, ...]) -> None:
         assert part in text
 
 
-# Every bound of a single number: (knob, a value just outside).
+# Every bound of a single number: (option, a value just outside).
 BOUNDS = {
     "run.steps": 0, "run.seed": -1, "run.threads": -1, "run.timeout_minutes": 0, "model.hidden_size": 0,
     "model.num_layers": 0, "model.num_attention_heads": 0, "model.num_query_groups": 0, "model.head_dim": 1,
@@ -151,10 +151,10 @@ BOUNDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("knob", BOUNDS)
-def test_bound(knob: str) -> None:
-    text = complaint(f"--{knob}", str(BOUNDS[knob]))
-    assert f"{knob}={BOUNDS[knob]}" in text
+@pytest.mark.parametrize("option", BOUNDS)
+def test_bound(option: str) -> None:
+    text = complaint(f"--{option}", str(BOUNDS[option]))
+    assert f"{option}={BOUNDS[option]}" in text
     assert "must be at least" in text or "must be more than" in text
 
 
@@ -228,7 +228,7 @@ def test_transformer_engine_needs_its_package() -> None:
 
 
 def test_the_rules_accept_what_the_remedies_say() -> None:
-    """Negative control: the same knobs with the values that the messages above offer."""
+    """Negative control: the same options with the values that the messages above offer."""
     parse_config([*SMOKE, "--data.global_batch_size", "8", "--data.micro_batch_size", "2"])
     parse_config([*SMOKE, "--model.num_query_groups", "2"])
     parse_config([*SMOKE, "--run.steps", "null", "--run.tokens", "1e6"])
@@ -238,17 +238,17 @@ def test_the_rules_accept_what_the_remedies_say() -> None:
     parse_config([*SMOKE, "--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"], world_size=2)
 
 
-# -- unknown knobs and wrong types -----------------------------------------------------------------------------
+# -- unknown options and wrong types -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--model.hiden_size", "64"), "model.hiden_size is not a knob: did you mean model.hidden_size?"),
-        (("--hidden_size", "64"), "hidden_size is not a knob: did you mean model.hidden_size?"),
-        (("--modle.num_layers", "2"), "modle.num_layers is not a knob: did you mean model.num_layers?"),
-        (("--model.hidden", "64"), "model.hidden is not a knob: did you mean model.hidden_size?"),
-        (("--qqq.zzz", "2"), "qqq.zzz is not a knob: see --help"),
+        (("--model.hiden_size", "64"), "model.hiden_size is not an option: did you mean model.hidden_size?"),
+        (("--hidden_size", "64"), "hidden_size is not an option: did you mean model.hidden_size?"),
+        (("--modle.num_layers", "2"), "modle.num_layers is not an option: did you mean model.num_layers?"),
+        (("--model.hidden", "64"), "model.hidden is not an option: did you mean model.hidden_size?"),
+        (("--qqq.zzz", "2"), "qqq.zzz is not an option: see --help"),
     ],
 )
 def test_unknown_knob_on_the_command_line(arguments: tuple[str, ...], said: str) -> None:
@@ -258,9 +258,9 @@ def test_unknown_knob_on_the_command_line(arguments: tuple[str, ...], said: str)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"model": {"hiden_size": 64}}, "model.hiden_size is not a knob: did you mean model.hidden_size?"),
-        ({"modle": {"num_layers": 2}}, "modle.num_layers is not a knob: did you mean model.num_layers?"),
-        ({"learning_rate": 2}, "learning_rate is not a knob: did you mean optimizer.lr?"),
+        ({"model": {"hiden_size": 64}}, "model.hiden_size is not an option: did you mean model.hidden_size?"),
+        ({"modle": {"num_layers": 2}}, "modle.num_layers is not an option: did you mean model.num_layers?"),
+        ({"learning_rate": 2}, "learning_rate is not an option: did you mean optimizer.lr?"),
     ],
 )
 def test_unknown_knob_in_a_file(tmp_path: Path, content: dict[str, Any], said: str) -> None:
@@ -270,7 +270,7 @@ def test_unknown_knob_in_a_file(tmp_path: Path, content: dict[str, Any], said: s
 @pytest.mark.parametrize("old", _SYNONYMS)
 def test_synonym(old: str) -> None:
     assert _SYNONYMS[old] in known_keys()
-    assert f"{old} is not a knob: did you mean {_SYNONYMS[old]}?" in complaint(f"--{old}", "1")
+    assert f"{old} is not an option: did you mean {_SYNONYMS[old]}?" in complaint(f"--{old}", "1")
 
 
 @pytest.mark.parametrize(
@@ -298,10 +298,10 @@ def test_wrong_type(arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
         ("model: 3\n", ("model", "3")),
         ("model:\n  num_layers: few\n", ("model.num_layers", "few")),
         ("run:\n  name: 5\n", ("run.name", "5")),
-        ("model: [\n", ("knobs.yaml",)),
-        ("", ("knobs.yaml",)),
-        ("- 1\n", ("knobs.yaml",)),
-        ("run: 1: 2\n", ("knobs.yaml",)),
+        ("model: [\n", ("options.yaml",)),
+        ("", ("options.yaml",)),
+        ("- 1\n", ("options.yaml",)),
+        ("run: 1: 2\n", ("options.yaml",)),
     ],
 )
 def test_unusable_file(tmp_path: Path, content: str, parts: tuple[str, ...]) -> None:
@@ -357,7 +357,7 @@ def test_saved_config_loads_as_it_was(tmp_path: Path) -> None:
     assert again == config
     assert again.optimizer.betas == (0.9, 0.95)
     assert from_dict(json.loads(json.dumps(as_dict(config)))) == config
-    # Negative control: one changed knob is seen, and only that one.
+    # Negative control: one changed option is seen, and only that one.
     again.optimizer.eps = 1e-9
     assert again != config
     assert differences(config, again, ("optimizer", "data")) == ["optimizer.eps: 1e-10 -> 1e-09"]

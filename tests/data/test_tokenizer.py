@@ -122,5 +122,5 @@ def test_a_model_without_an_end_of_text_piece_is_refused(tmp_path):
         sentence_iterator=iter([tiny_document(0)[:2000]]), model_prefix=str(tmp_path / "m"), vocab_size=100,
         model_type="bpe", eos_id=-1, minloglevel=2, hard_vocab_limit=False,
     )  # fmt: skip
-    with pytest.raises(DataError, match="no end-of-text piece"):
+    with pytest.raises(DataError, match="no eos piece"):
         Tokenizer(tmp_path / "m.model")

@@ -36,7 +36,7 @@ def with_json(folder: Path, content: str | dict[str, Any]) -> Config:
 def test_auto_values_are_filled(stage: int, ranks: int) -> None:
     config = parse_config([*SMOKE, "--deepspeed_config", f"configs/deepspeed/zero{stage}.json"])
     raw = read_deepspeed_json(config.deepspeed_config)
-    assert raw["train_micro_batch_size_per_gpu"] == "auto", "the shipped file leaves it to the knob"
+    assert raw["train_micro_batch_size_per_gpu"] == "auto", "the shipped file leaves it to the option"
     values = fill_deepspeed_config(config, ranks, bf16=False)
     assert values["train_micro_batch_size_per_gpu"] == 2
     assert values["gradient_accumulation_steps"] == 1
@@ -111,17 +111,17 @@ def test_unusable_file(tmp_path: Path, content: str | dict[str, Any], said: str)
 
 
 @pytest.mark.parametrize(
-    ("section", "knob"),
+    ("section", "option"),
     [
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "optimizer.*"),
         ({"scheduler": {"type": "WarmupLR"}}, "schedule.*"),
         ({"fp16": {"enabled": True}}, "precision.dtype"),
     ],
 )
-def test_section_that_would_shadow_knobs(tmp_path: Path, section: dict[str, Any], knob: str) -> None:
+def test_section_that_would_shadow_knobs(tmp_path: Path, section: dict[str, Any], option: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         fill_deepspeed_config(with_json(tmp_path, section), 1, bf16=False)
-    assert f"'{next(iter(section))}' would shadow {knob}" in str(caught.value)
+    assert f"'{next(iter(section))}' would shadow {option}" in str(caught.value)
 
 
 def test_section_that_is_off_shadows_nothing(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_section_that_is_off_shadows_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "knob"),
+    ("key", "value", "option"),
     [
         ("train_micro_batch_size_per_gpu", 3, "data.micro_batch_size, which gives 2"),
         ("train_batch_size", 5, "data.micro_batch_size x data-parallel ranks, which gives 4"),
@@ -138,11 +138,11 @@ def test_section_that_is_off_shadows_nothing(tmp_path: Path) -> None:
         ("bf16", {"enabled": True}, "precision.dtype, which gives False"),
     ],
 )
-def test_contradiction(tmp_path: Path, key: str, value: Any, knob: str) -> None:
+def test_contradiction(tmp_path: Path, key: str, value: Any, option: str) -> None:
     config = with_json(tmp_path, {key: value})
     with pytest.raises(ConfigurationError) as caught:
         fill_deepspeed_config(config, 2, bf16=False)
-    assert f"contradicts {knob}" in str(caught.value)
+    assert f"contradicts {option}" in str(caught.value)
     assert 'write "auto"' in str(caught.value)
 
 

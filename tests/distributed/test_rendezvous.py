@@ -23,7 +23,7 @@ def meet_in_threads(monkeypatch: pytest.MonkeyPatch, ranks: list[int], size: int
 
     def one(rank: int) -> None:
         try:
-            found[rank] = rendezvous.meet(rank, size, CPU, minutes)
+            found[rank] = rendezvous.rendezvous(rank, size, CPU, minutes)
         except DistributedError as error:
             found[rank] = str(error)
 
@@ -70,12 +70,12 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(DistributedError, match=r"another program listens on 127\.0\.0\.1.*--master_port"):
-            rendezvous.meet(0, 2, CPU, 0.05)
+            rendezvous.rendezvous(0, 2, CPU, 0.05)
 
 
 def test_one_process_needs_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "not a port")
-    _, others = rendezvous.meet(0, 1, CPU, 1)
+    _, others = rendezvous.rendezvous(0, 1, CPU, 1)
     assert len(others) == 1
 
 

@@ -48,7 +48,7 @@ def own(tmp_path: Path) -> Path:
 
 def run(places: tuple[Path, Path], names: list[str], said: list[str] | None = None, **more: Any) -> Scores:
     request = TaskRequest(names, more.pop("include_path", None))
-    options = {"identity": "weights-1", "mirror": places[0], "options": HuggingFaceOptions(device="cpu"), **more}
+    options = {"content_hash": "weights-1", "mirror": places[0], "options": HuggingFaceOptions(device="cpu"), **more}
     lines = said if said is not None else []
     return evaluate(
         more.pop("model", places[1]) if "model" in more else places[1], request, say=lines.append, **options
@@ -124,13 +124,12 @@ def test_numbers_are_those_of_lm_eval(places: tuple[Path, Path]) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from megagamma.evaluation import mirror
-    from megagamma.evaluation.tasks import _stock_folder
+    from megagamma.evaluation import compat, mirror
 
     with mirror.reading(places[0]):
         theirs = lm_eval.simple_evaluate(
             model="hf", model_args={"pretrained": str(places[1])}, tasks=["arc_challenge"], num_fewshot=2, device="cpu",
-            task_manager=TaskManager(include_path=str(_stock_folder() / "arc"), include_defaults=False),
+            task_manager=TaskManager(include_path=str(compat.stock_folder() / "arc"), include_defaults=False),
             fewshot_random_seed=1234, batch_size=4,
         )["results"]["arc_challenge"]  # fmt: skip
     ours = metrics(run(places, ["arc_challenge:2"]), "arc_challenge")
@@ -194,32 +193,32 @@ def test_what_was_scored_is_skipped(places: tuple[Path, Path], tmp_path: Path) -
     model = shutil.copytree(places[1], tmp_path / "model")
     here = (places[0], model)
     first = run(here, ["arc_easy"], output=tmp_path / "out", limit=3)
-    assert first.fresh == ["arc_easy"]
+    assert first.new == ["arc_easy"]
     both = run(here, ["arc_easy", "arc_challenge"], output=tmp_path / "out", limit=3)
-    assert both.fresh == ["arc_challenge"]
+    assert both.new == ["arc_challenge"]
     assert both.record("arc_easy") == first.record("arc_easy")
     # Anything that a score depends on makes it another score.
     for names, more in (
         (["arc_easy:1"], {}),
         (["arc_easy"], {"limit": 4}),
         (["arc_easy"], {"seed": 7}),
-        (["arc_easy"], {"identity": "weights-2"}),
+        (["arc_easy"], {"content_hash": "weights-2"}),
         (["arc_easy"], {"options": HuggingFaceOptions(device="cpu", dtype="bfloat16")}),
         (["arc_easy"], {"again": True}),
     ):
-        assert run(here, names, output=tmp_path / "out", **{"limit": 3, **more}).fresh == ["arc_easy"]
+        assert run(here, names, output=tmp_path / "out", **{"limit": 3, **more}).new == ["arc_easy"]
     assert len(strict(tmp_path / "out" / "scores.json")["records"]) == 7
     # Neither the model nor the data are needed when all is there.
     shutil.rmtree(model)
     there = run((tmp_path, model), ["arc_easy", "arc_challenge"], output=tmp_path / "out", limit=3)
-    assert there.fresh == [] and [one["task"] for one in there.records] == ["arc_easy", "arc_challenge"]
+    assert there.new == [] and [one["task"] for one in there.records] == ["arc_easy", "arc_challenge"]
 
 
 @pytest.mark.parametrize("damage", ['{"format": 1, "rec', '{"format": 1, "records": [{"task": 1}]}', "[]", "\x00"])
 def test_a_damaged_score_file(places: tuple[Path, Path], tmp_path: Path, damage: str) -> None:
     (tmp_path / "scores.json").write_text(damage)
     said: list[str] = []
-    assert run(places, ["arc_easy"], said, output=tmp_path, limit=2).fresh == ["arc_easy"]
+    assert run(places, ["arc_easy"], said, output=tmp_path, limit=2).new == ["arc_easy"]
     assert any("WARNING" in line and "scores.json" in line and "set aside" in line for line in said)
     assert (tmp_path / "scores.json.damaged").read_text() == damage
     assert len(strict(tmp_path / "scores.json")["records"]) == 1
@@ -237,7 +236,7 @@ def test_a_task_that_fails_loses_nothing(places: tuple[Path, Path], own: Path, t
     # It is tried again, alone.
     (own / "own_empty.jsonl").write_text("".join(json.dumps(one) + "\n" for one in arc(3, 2)))
     scores = run(places, names, include_path=own, output=tmp_path / "out")
-    assert scores.fresh == ["own_empty"] and not scores.failures
+    assert scores.new == ["own_empty"] and not scores.failures
 
 
 def test_a_kill_between_tasks_keeps_the_first(places: tuple[Path, Path], tmp_path: Path) -> None:
@@ -248,7 +247,9 @@ def test_a_kill_between_tasks_keeps_the_first(places: tuple[Path, Path], tmp_pat
     request = TaskRequest(["arc_easy", "arc_challenge"])
     options = HuggingFaceOptions(device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(places[1], request, identity="w", mirror=places[0], output=tmp_path, limit=2, options=options, say=say)
+        evaluate(
+            places[1], request, content_hash="w", mirror=places[0], output=tmp_path, limit=2, options=options, say=say
+        )
     assert [one["task"] for one in strict(tmp_path / "scores.json")["records"]] == ["arc_easy"]
 
 

@@ -54,7 +54,7 @@ def score(mirror: Path, model: Path, output: Path, broken: bool = False) -> Any:
 
         scoring._build = build
     try:
-        found = evaluate(lm, TaskRequest(NAMES), identity="w", mirror=mirror, output=output, limit=5, say=str)
+        found = evaluate(lm, TaskRequest(NAMES), content_hash="w", mirror=mirror, output=output, limit=5, say=str)
     finally:
         scoring._build = whole
     runtime.close_groups()
@@ -73,7 +73,7 @@ def test_two_processes_score_as_one(
     one = one_rank.run(score, *places, tmp_path / "one")[0]
     first, second = two_ranks.run(score, *places, tmp_path / "two")
     assert (first.failures, second.failures, second.records) == ({}, {}, [])
-    assert first.fresh == one.fresh == ["arc_challenge", "arc_easy", "gsm8k"]
+    assert first.new == one.new == ["arc_challenge", "arc_easy", "gsm8k"]
     for ours, theirs in zip(first.records, one.records, strict=True):
         assert (ours["processes"], theirs["processes"]) == (2, 1)
         assert ours["n"] == theirs["n"] == 5

@@ -29,7 +29,7 @@ def test_pinned_examples_are_what_lm_eval_says_today() -> None:
     for name, (count, source) in pinned.items():
         members = [task for task in found.tasks if task.name in found.members[name]]
         assert {task.fewshot for task in members} == {count}, name
-        own = {task._entry.cfg.get("num_fewshot") for task in members}
+        own = {task.definition.yaml.get("num_fewshot") for task in members}
         assert own == ({None} if source == DEFAULT else {count}), name
     # Without the presets' pins the same comes out.
     for task in found.tasks:

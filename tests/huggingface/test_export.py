@@ -19,10 +19,10 @@ from megagamma.huggingface import export as exporting
 from megagamma.huggingface import formats as huggingface
 from megagamma.huggingface.export import ExportOptions, export, plan_shards, read_checkpoint
 from megagamma.huggingface.formats import FORMATS, Exported
-from megagamma.huggingface.native import Answer, Question, answer, outputs_apart
+from megagamma.huggingface.native import ParityInputs, ParityOutputs, parity_outputs, run_in_subprocess
 from megagamma.huggingface.parity import ParityError, exported_model
 
-Native = Callable[[Question], Answer]
+Native = Callable[[ParityInputs], ParityOutputs]
 
 # Variant, class asked for (None: the default), architecture.
 CASES = [
@@ -41,7 +41,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def native(one_rank: RankPool) -> Native:
     """Our model in a process that lives for many answers."""
-    return lambda question: one_rank.run(answer, question)[0]
+    return lambda inputs: one_rank.run(parity_outputs, inputs)[0]
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +146,8 @@ def test_padded_rows_are_seen(tmp_path: Path, native: Native, saved: Saved, monk
 
 
 def test_numbers_that_are_none_are_seen(tmp_path: Path, saved: Saved) -> None:
-    def broken(question: Question) -> Answer:
-        return Answer(torch.full((2, 48, 520), float("nan")), [0] * 16)
+    def broken(inputs: ParityInputs) -> ParityOutputs:
+        return ParityOutputs(torch.full((2, 48, 520), float("nan")), [0] * 16)
 
     _expect_refusal(saved("plain"), tmp_path / "hf", broken)
 
@@ -168,7 +168,7 @@ def test_bf16_is_the_rounded_model(tmp_path: Path, native: Native, saved: Saved)
     with pytest.raises(ParityError):
         export(
             checkpoint, tmp_path / "other", options, quiet=True, say=lambda _: None,
-            native=lambda question: native(dataclasses.replace(question, dtype=torch.float32)),
+            native=lambda inputs: native(dataclasses.replace(inputs, dtype=torch.float32)),
         )  # fmt: skip
 
 
@@ -227,8 +227,8 @@ def test_a_model_that_does_not_fit_is_compared_by_layers(
 
 def test_the_answer_of_a_process_apart_is_the_same(saved: Saved, native: Native) -> None:
     tokens = torch.arange(40).view(2, 20)
-    question = Question(saved("elementwise"), tokens, tokens[0, :5], 3)
-    here, apart = native(question), outputs_apart(question)
+    inputs = ParityInputs(saved("elementwise"), tokens, tokens[0, :5], 3)
+    here, apart = native(inputs), run_in_subprocess(inputs)
     assert here.greedy == apart.greedy
     assert torch.allclose(here.logits, apart.logits, atol=1e-6)
 
@@ -279,7 +279,7 @@ def test_what_is_there_is_kept(tmp_path: Path, native: Native, saved: Saved) -> 
     with pytest.raises(ParityError):
         export(
             saved("plain", tied=True), output, ExportOptions(overwrite=True), quiet=True, say=lambda _: None,
-            native=lambda question: Answer(torch.zeros(2, 48, 520), [0] * 16),
+            native=lambda inputs: ParityOutputs(torch.zeros(2, 48, 520), [0] * 16),
         )  # fmt: skip
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     export(saved("plain", tied=True), output, ExportOptions(overwrite=True), native=native, quiet=True)
@@ -326,11 +326,11 @@ def test_two_conversions_to_one_folder(tmp_path: Path, native: Native, saved: Sa
     """The second is told; the first goes on to its end."""
     refused: list[str] = []
 
-    def meanwhile(question: Question) -> Answer:
+    def meanwhile(inputs: ParityInputs) -> ParityOutputs:
         with pytest.raises(ConfigurationError) as caught:
             export(saved("plain"), tmp_path / "hf", ExportOptions(), native=native)
         refused.append(str(caught.value))
-        return native(question)
+        return native(inputs)
 
     folder = export(saved("plain"), tmp_path / "hf", ExportOptions(), native=meanwhile, quiet=True)
     assert "another process writes it now" in refused[0]

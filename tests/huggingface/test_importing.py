@@ -17,7 +17,7 @@ from megagamma.checkpoint.reader import CheckpointReader
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.huggingface.export import ExportOptions, export
 from megagamma.huggingface.importing import import_model
-from megagamma.huggingface.native import Answer, Question, answer
+from megagamma.huggingface.native import ParityInputs, ParityOutputs, parity_outputs
 
 CASES = [
     ("plain", None), ("qk_norm", None), ("elementwise", None), ("elementwise", "qwen3_next"), ("headwise", None),
@@ -26,8 +26,8 @@ CASES = [
 
 
 def ask(one_rank: RankPool) -> Any:
-    def native(question: Question) -> Answer:
-        return one_rank.run(answer, question)[0]
+    def native(inputs: ParityInputs) -> ParityOutputs:
+        return one_rank.run(parity_outputs, inputs)[0]
 
     return native
 
@@ -83,7 +83,7 @@ def test_a_public_model_comes_in(tmp_path: Path, one_rank: RankPool) -> None:
     folder = public(tmp_path / "public")
     checkpoint = import_model(folder, tmp_path / "run", quiet=True)
     tokens = torch.arange(60).view(2, 30) * 12
-    ours = one_rank.run(answer, Question(checkpoint, tokens, tokens[0, :4], 4))[0]
+    ours = one_rank.run(parity_outputs, ParityInputs(checkpoint, tokens, tokens[0, :4], 4))[0]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=tokens).logits
     assert (ours.logits - theirs).abs().max() < 1e-5
     options = ExportOptions(dtype=torch.bfloat16, tokenizer="none")
@@ -138,7 +138,7 @@ def test_lfm3_as_transformers_writes_it(tmp_path: Path, one_rank: RankPool) -> N
     model.save_pretrained(tmp_path / "public")
     checkpoint = import_model(tmp_path / "public", tmp_path / "run", quiet=True)
     tokens = torch.arange(60).view(2, 30) * 4
-    ours = one_rank.run(answer, Question(checkpoint, tokens, tokens[0, :4], 1))[0]
+    ours = one_rank.run(parity_outputs, ParityInputs(checkpoint, tokens, tokens[0, :4], 1))[0]
     with torch.no_grad():
         assert (ours.logits - model(input_ids=tokens).logits).abs().max() < 1e-5
 

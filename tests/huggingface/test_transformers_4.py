@@ -14,7 +14,7 @@ from support.exports import VARIANTS, save_model
 from support.ranks import RankPool
 
 from megagamma.huggingface.export import ExportOptions, export
-from megagamma.huggingface.native import answer
+from megagamma.huggingface.native import parity_outputs
 from megagamma.huggingface.parity import exported_model
 
 # What transformers 4.57 wants of packages that have moved on since; everything else it finds here.
@@ -61,7 +61,7 @@ def test_the_same_logits_and_ids(tmp_path: Path, old_packages: Path, one_rank: R
         output = tmp_path / f"{variant.replace(' ', '_')}-{hf_class}"
         folders[variant] = export(
             checkpoint, output, options, quiet=True, say=lambda _: None,
-            native=lambda question: one_rank.run(answer, question)[0],
+            native=lambda inputs: one_rank.run(parity_outputs, inputs)[0],
         )  # fmt: skip
     out = tmp_path / "found.safetensors"
     done = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 from megagamma.config.schema import InitConfig, ModelConfig
 from megagamma.errors import InitializationError
 from megagamma.initialization import report
-from megagamma.initialization.report import Moments, by_role, check, measure, norm_saturation, saturation_lines
+from megagamma.initialization.report import WeightStatistics, by_role, check, measure, norm_saturation, saturation_lines
 from megagamma.initialization.streams import normal_
 
 INIT = InitConfig()
@@ -18,7 +18,7 @@ INIT = InitConfig()
 
 def moments_of(values):
     values = np.asarray(values, dtype=np.float64)
-    return Moments(values.size, float(values.sum()), float((values**2).sum()))
+    return WeightStatistics(values.size, float(values.sum()), float((values**2).sum()))
 
 
 def drawn(std, *, name="w", shape=(300, 1000), **options):
@@ -30,20 +30,20 @@ def row(values, asked, init=INIT, name="w", role="query"):
     return measure(name, role, values.shape, values.shape[1], asked, moments_of(values), init)
 
 
-# Moments
+# Statistics
 
 
 def test_moments_add_up_to_those_of_the_whole():
     values = drawn(0.3) + 0.01
     whole = moments_of(values)
-    pieces = sum((moments_of(piece) for piece in np.array_split(values, 7)), Moments())
+    pieces = sum((moments_of(piece) for piece in np.array_split(values, 7)), WeightStatistics())
     assert pieces.count == whole.count
     assert pieces.mean == pytest.approx(values.mean(), rel=1e-9)
     assert pieces.std == pytest.approx(values.std(), rel=1e-9)
 
 
-def test_no_draws_have_no_moments():
-    assert (Moments().mean, Moments().std) == (0.0, 0.0)
+def test_no_draws_have_no_statistics():
+    assert (WeightStatistics().mean, WeightStatistics().std) == (0.0, 0.0)
 
 
 # z-scores
@@ -70,7 +70,7 @@ def test_a_wrong_std_is_caught(factor):
 def test_a_small_deviation_is_caught_exactly_at_its_size():
     """A std of 1 % too much in n draws is 0.01 sqrt(2 n) standard errors."""
     n = 300_000
-    planted = measure("w", "query", (300, 1000), 1000, 1.0, Moments(n, 0.0, 1.01**2 * n), INIT)
+    planted = measure("w", "query", (300, 1000), 1000, 1.0, WeightStatistics(n, 0.0, 1.01**2 * n), INIT)
     assert planted.z == pytest.approx(0.01 * math.sqrt(2 * n), rel=1e-9)
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_mean_is_caught():
 def test_a_wrong_distribution_has_wider_errors():
     """Truncated draws vary less: the same deviation is more standard errors."""
     n = 10_000
-    found = Moments(n, 0.0, 1.02**2 * n)
+    found = WeightStatistics(n, 0.0, 1.02**2 * n)
     normal = measure("w", "query", (100, 100), 100, 1.0, found, INIT)
     narrow = InitConfig(distribution="truncated", truncate_at=1.0)
     truncated = measure("w", "query", (100, 100), 100, 1.0, found, narrow)
@@ -127,7 +127,7 @@ def test_by_role_pools_matrices_and_keeps_the_order_of_roles():
 
 
 def test_pooling_finds_a_bias_that_no_single_matrix_shows():
-    one = Moments(20_000, 0.0, 1.006**2 * 20_000)
+    one = WeightStatistics(20_000, 0.0, 1.006**2 * 20_000)
     rows = [measure(f"w{i}", "value", (100, 200), 200, 1.0, one, INIT) for i in range(100)]
     check(rows, 6.0)
     with pytest.raises(InitializationError):

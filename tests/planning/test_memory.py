@@ -245,9 +245,9 @@ def test_the_plan_against_a_real_step(monkeypatch, capsys, zero, size):
 
 def of_7b(*more, micro=1):
     """Llama-2-7B's shape with a gate, on 8 ranks of a GPU machine."""
-    knobs = ["--config", "configs/model/7b.yaml", "--data.corpus", "tiny", "--model.vocab_size", "32000"]
-    knobs += ["--data.global_batch_size", "64", "--data.micro_batch_size", str(micro)]
-    config = parse_config([*knobs, *more], world_size=8)
+    options = ["--config", "configs/model/7b.yaml", "--data.corpus", "tiny", "--model.vocab_size", "32000"]
+    options += ["--data.global_batch_size", "64", "--data.micro_batch_size", str(micro)]
+    config = parse_config([*options, *more], world_size=8)
     check_fits(config, 8)
     return config
 
@@ -255,7 +255,7 @@ def of_7b(*more, micro=1):
 @pytest.mark.parametrize(
     ("micro", "limit", "expected"),
     [
-        # Fewest knobs first, then in the order that is documented; each knob by its smallest step.
+        # Fewest options first, then in the order that is documented; each option by its smallest step.
         (8, 200, {"data.micro_batch_size": 4}),
         (8, 150, {"data.micro_batch_size": 2}),
         (1, 70, {"model.recompute": "full"}),
@@ -312,12 +312,12 @@ def test_an_unknown_vocabulary_refuses_only_what_no_vocabulary_would_save(monkey
     known = of_7b()
     known.model.vocab_size = 2
     least = plan(known, 8).worst.device_bytes / GIB
-    knobs = ["--config", "configs/model/7b.yaml", "--data.corpus", "tiny", "--data.micro_batch_size", "1"]
-    knobs += ["--data.global_batch_size", "64"]
-    accepted = parse_config([*knobs, "--parallel.memory_gib", str(least + 0.01)], world_size=8)
+    options = ["--config", "configs/model/7b.yaml", "--data.corpus", "tiny", "--data.micro_batch_size", "1"]
+    options += ["--data.global_batch_size", "64"]
+    accepted = parse_config([*options, "--parallel.memory_gib", str(least + 0.01)], world_size=8)
     check_fits(accepted, 8)
     assert accepted.model.vocab_size is None
-    refused = parse_config([*knobs, "--parallel.memory_gib", str(least - 0.01)], world_size=8)
+    refused = parse_config([*options, "--parallel.memory_gib", str(least - 0.01)], world_size=8)
     with pytest.raises(ConfigurationError, match="GiB"):
         check_fits(refused, 8)
 

@@ -1,4 +1,4 @@
-"""A run's folder that cannot be used or belongs to another run; disks that are full; checkpoints that are damaged."""
+"""A run's folder that cannot be used or belongs to another run; disks that are full; checkpoints that are corrupt."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_files_that_may_not_grow(one_rank: RankPool, copy: Path, data_cache: str
 
 
 @pytest.mark.parametrize(
-    ("knob", "value", "said"),
+    ("option", "value", "said"),
     [
         ("model.hidden_size", "128", "model.hidden_size: 64 -> 128"),
         ("model.norm_epsilon", "1e-5", "model.norm_epsilon: 1e-12 -> 1e-05"),
@@ -170,8 +170,8 @@ def test_files_that_may_not_grow(one_rank: RankPool, copy: Path, data_cache: str
         ("run.seed", "7", "run.seed: 1234 -> 7"),
     ],
 )
-def test_resume_of_another_model(refused: Refuse, copy: Path, knob: str, value: str, said: str) -> None:
-    text = refused(copy, f"--{knob}", value)
+def test_resume_of_another_model(refused: Refuse, copy: Path, option: str, value: str, said: str) -> None:
+    text = refused(copy, f"--{option}", value)
     assert said in text
     assert "give the same values, or another run.folder" in text
 
@@ -212,7 +212,7 @@ def test_misspelt_folder_is_not_made(refused: Refuse, tmp_path: Path) -> None:
     assert not (tmp_path / "mispelt").exists()
 
 
-# -- damaged checkpoints ---------------------------------------------------------------------------------------
+# -- corrupt checkpoints ---------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:

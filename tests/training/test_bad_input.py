@@ -27,7 +27,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, data_cache: str) -> Path:
-    """A copy of the prepared corpus, to be damaged."""
+    """A copy of the prepared corpus, to be corrupt."""
     shutil.copytree(Path(data_cache) / "tiny", tmp_path / "corpus")
     return tmp_path / "corpus"
 

@@ -14,8 +14,8 @@ from megagamma.training.schedule import learning_rate, warmup_steps
 PEAK, STEPS, WARM = 2.0, 110, 10
 
 
-def rate(step: int, steps: int = STEPS, **knobs: object) -> float:
-    schedule = ScheduleConfig(**{"warmup_steps": WARM, "min_lr_ratio": 0.1, "decay_ratio": 0.2, **knobs})
+def rate(step: int, steps: int = STEPS, **options: object) -> float:
+    schedule = ScheduleConfig(**{"warmup_steps": WARM, "min_lr_ratio": 0.1, "decay_ratio": 0.2, **options})
     return learning_rate(schedule, PEAK, step, steps)
 
 

@@ -2,7 +2,7 @@
 
 A prepared folder holds `train.bin`, `train.idx`, `validation.bin`, `validation.idx`, `tokenizer.model` and
 `manifest.json`. A .bin file is the tokens of all documents one after the other (uint16 below 65,500 pieces,
-else int32), each document closed by one end-of-text token; its .idx is Megatron's index with one sequence
+else int32), each document closed by one eos token; its .idx is Megatron's index with one sequence
 per document.
 
 Nothing here imports megatron: workers start in a fraction of a second, and the tests hold the files against
@@ -231,7 +231,7 @@ def verify_prepared(folder: str | Path, full: bool = False) -> dict:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    fix = "the file is damaged: copy it again or prepare the folder again with --overwrite"
+    fix = "the file is corrupt: copy it again or prepare the folder again with --overwrite"
     for name in [*manifest["files"], "tokenizer.model"]:
         path = folder / name
         if not path.is_file():

@@ -90,7 +90,7 @@ def _tokenizer(path: str, _fingerprint: str) -> Tokenizer:
 def write_part(task: PartTask, progress: Progress | None = None) -> dict:
     """Encode the documents of one part. Empty documents are counted and skipped.
 
-    Writes NNNNNN.tokens (token ids, one end-of-text after each document), NNNNNN.documents (per document:
+    Writes NNNNNN.tokens (token ids, one eos after each document), NNNNNN.documents (per document:
     tokens, bytes of UTF-8 text, 128 bits of hash) and last NNNNNN.json, the summary, whose presence means:
     complete.
 

@@ -1,7 +1,8 @@
 """Prepare a corpus: text -> tokenizer -> token files, in a folder that appears complete or not at all.
 
 Work happens in a hidden folder beside the output (`.NAME.partial`), under a lock, so that a killed run
-continues from its finished parts and two runs at once do the work once.
+continues from its finished parts and two runs at once do the work once. The result is put together in
+`.NAME.partial/result`, which is what takes the output's name.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from megagamma.data.preparation.source import Shard, Source
 from megagamma.data.preparation.train_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
-from megagamma.files import sync_folder, write_json
+from megagamma.files import copy_file, directory_lock, hidden_name, publish_directory, recover_directory, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class PrepareSettings:
     part_bytes: int = 4 << 20
     """Bytes of source text per part: the unit of parallel work and of resuming."""
     overwrite: bool = False
-    """Replace a finished folder that was made with other settings or is damaged."""
+    """Replace a finished folder that was made with other settings or is corrupt."""
     progress: bool | None = None
     """Show a progress bar; None: on a terminal only."""
 
@@ -138,7 +139,7 @@ def prepare(settings: PrepareSettings) -> Path:
     with _lock(output):
         if _finished(output, fingerprint, settings):
             return output
-        partial = output.parent / f".{output.name}.partial"
+        partial = hidden_name(output, "partial")
         with writing(output):
             (partial / "parts").mkdir(parents=True, exist_ok=True)
             for leftover in [*partial.glob("parts/*.tmp"), *partial.glob("*.tmp")]:
@@ -185,7 +186,7 @@ def _finished(output: Path, fingerprint: str, settings: PrepareSettings) -> bool
         if settings.overwrite:
             return False
         raise DataError(
-            f"output: '{output}' exists but is damaged: use --overwrite to make it again ({error})"
+            f"output: '{output}' exists but is corrupt: use --overwrite to make it again ({error})"
         ) from error
     if same:
         logger.info("already prepared: %s", output)
@@ -200,24 +201,19 @@ def _finished(output: Path, fingerprint: str, settings: PrepareSettings) -> bool
 
 @contextlib.contextmanager
 def _lock(output: Path) -> Iterator[None]:
-    """Hold the output's lock; say so when another process has it."""
-    import filelock
-
-    path = output.parent / f".{output.name}.lock"
-    with writing(output):
-        if output.parent.is_file():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            logger.info("waiting for another process that prepares %s", output)
-            lock.acquire()
-    try:
+    """Hold the output's lock; log when another process has it. A killed run's replaced output is put back."""
+    with contextlib.ExitStack() as stack:
+        with writing(output):
+            if output.parent.is_file():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(directory_lock(output, "output", lambda: _log_waiting(output)))
+            recover_directory(output)
         yield
-    finally:
-        lock.release()
+
+
+def _log_waiting(output: Path) -> None:
+    logger.info("waiting for another process that prepares %s", output)
 
 
 def _tokenizer(settings: PrepareSettings, partial: Path) -> Tokenizer:
@@ -264,7 +260,7 @@ def _publish(
     shutil.rmtree(result, ignore_errors=True)
     result.mkdir()
     merged = merge_parts(tasks, result, settings.validation_fraction, settings.split_salt, settings.drop_duplicates)
-    shutil.copyfile(tokenizer.path, result / "tokenizer.model")
+    copy_file(tokenizer.path, result / "tokenizer.model")
     ids = {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")}
     manifest = {
         "format": FORMAT,
@@ -280,11 +276,6 @@ def _publish(
         "settings_fingerprint": fingerprint,
     }
     write_json(result / "manifest.json", manifest)
-    sync_folder(result)
-    old = partial / "replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    if _is_prepared(output):
-        os.rename(output, old)
-    os.rename(result, output)
-    sync_folder(output.parent)
+    # In the hours that it took, something else may have been put in the output's place: that is never replaced.
+    publish_directory(result, output, replace=_is_prepared(output))
     shutil.rmtree(partial, ignore_errors=True)

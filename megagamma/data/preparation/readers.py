@@ -94,7 +94,7 @@ def read_file(shard: Shard, source: Source) -> Iterator[str]:
             f"inputs: '{shard.path}' is truncated or not {shard.compression} data ({error}): fetch or compress it again"
         ) from error
     except OSError as error:
-        # bz2 reports damage as a bare OSError without an errno.
+        # bz2 reports corruption as a bare OSError without an errno.
         reason = error.strerror or f"truncated or not {shard.compression} data ({error})"
         raise DataError(f"inputs: '{shard.path}' cannot be read: {reason}: check or fetch it again") from error
 
@@ -160,19 +160,19 @@ def _read_text(shard: Shard, source: Source) -> Iterator[str]:
             block = stream.read(_BLOCK)
             done = 0
             for match in pattern.finditer(pending):
-                # A run of blank lines that touches the end of what is read may go on in the next block.
+                # A run of blank lines that touches the end of what is read may continue in the next block.
                 if match.end() == len(pending) and block:
                     break
-                yield from _stretch(pending[done : match.start()], shard.path, offset + done, blank)
+                yield from _between(pending[done : match.start()], shard.path, offset + done, blank)
                 done = match.end()
             pending, offset = pending[done:], offset + done
             if not block:
                 break
             pending += block
-        yield from _stretch(pending, shard.path, offset, blank)
+        yield from _between(pending, shard.path, offset, blank)
 
 
-def _stretch(data: bytes, path: str, offset: int, blank: bool) -> Iterator[str]:
+def _between(data: bytes, path: str, offset: int, blank: bool) -> Iterator[str]:
     """What stands between two separators, if anything does."""
     if data.strip() if blank else data:
         yield _decode(data, path, offset)
@@ -182,7 +182,7 @@ def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
     with open_bytes(shard.path, shard.compression) as stream:
         offset = shard.start
         if offset:
-            # A line belongs to the stretch in which it starts: step back one byte, so that a line which
+            # A line belongs to the range in which it starts: step back one byte, so that a line which
             # starts exactly at `start` is kept, and drop the rest of the line before.
             stream.seek(offset - 1)
             offset += len(stream.readline()) - 1
@@ -198,7 +198,7 @@ def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
                 try:
                     document = _text_of(json.loads(text), source, "")
                 except json.JSONDecodeError as error:
-                    problem = f" is not JSON ({error.msg} at column {error.colno}): mend or remove the line"
+                    problem = f" is not JSON ({error.msg} at column {error.colno}): fix or remove the line"
                     raise DataError(_line(shard, number) + problem) from error
                 except DataError as error:
                     raise DataError(f"{_line(shard, number)}{error}") from error
@@ -207,7 +207,7 @@ def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
 
 
 def _line(shard: Shard, number: int) -> str:
-    """Name line `number` of a stretch by its number in the file; counted only for an error message."""
+    """Name line `number` of a range by its number in the file; counted only for an error message."""
     if shard.start:
         with open(shard.path, "rb") as stream:
             left = shard.start - 1
@@ -226,7 +226,7 @@ def _read_json(shard: Shard, source: Source) -> Iterator[str]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place} line {error.lineno} is not JSON ({error.msg} at column {error.colno}): mend the file"
+            f"{place} line {error.lineno} is not JSON ({error.msg} at column {error.colno}): fix the file"
         ) from error
     if isinstance(value, dict):
         # Either columns, {"text": [...], ...}, or records under one name, {"data": [{...}, ...]}.
@@ -283,7 +283,7 @@ def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
             for value in batch.column(0).to_pylist():
                 yield _check_text(value, source, f"{place} row groups {groups.start} to {groups.stop - 1}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{place} is damaged ({error}): fetch or write it again") from error
+        raise DataError(f"{place} is corrupt ({error}): fetch or write it again") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -329,7 +329,7 @@ def huggingface_shards(source: Source, shard_bytes: int) -> list[Shard]:
 
 
 def read_huggingface(shard: Shard, source: Source) -> Iterator[str]:
-    """Yield the documents of one stretch of rows, or of one shard of a stream."""
+    """Yield the documents of one range of rows, or of one shard of a stream."""
     dataset = _load(source.hf_dataset, source.hf_config, source.hf_split, source.streaming)
     if source.streaming:
         rows = dataset.shard(dataset.num_shards, shard.start)

@@ -40,7 +40,7 @@ class Callback:
 
         begin                     once, before the first step of this process
         before_update(step)       between the backward pass and the optimizer's update; False leaves the update out
-        after_update(step)        at once after it; `step.applied` tells
+        after_update(step)        at once after it; see `step.applied`
         after_step(step)          when the step is counted; slow work belongs here
         on_stop(reason)           a signal asked to leave, after the last `after_step`
         on_halt()                 an error that all ranks raise ends the run: finish what was begun

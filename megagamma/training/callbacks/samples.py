@@ -7,6 +7,7 @@ import torch
 from megagamma.config.schema import LoggingConfig
 from megagamma.data.contracts import Batch, TextCodec
 from megagamma.distributed.engine import Engine
+from megagamma.model.decoding import greedy_continuations
 from megagamma.training.callbacks.base import Callback, Step
 
 
@@ -57,13 +58,13 @@ def continue_text(engine: Engine, codec: TextCodec, prompt: str, count: int) -> 
         count: tokens to add, fewer when the model ends the document.
     """
     length = engine.config.data.sequence_length
-    tokens = codec.encode(prompt)[-max(1, length - count) :] or [codec.eos_id]
-    first = len(tokens)
-    context = torch.full((1, length), codec.pad_id, dtype=torch.int64)
-    while len(tokens) < min(length, first + count):
-        context[0, : len(tokens)] = torch.tensor(tokens)
-        token = next_token(engine, context, len(tokens) - 1)
-        if token == codec.eos_id:
-            break
-        tokens.append(token)
-    return codec.decode([token for token in tokens[first:] if token < codec.vocab_size])
+    prompt_ids = codec.encode(prompt)[-max(1, length - count) :] or [codec.eos_id]
+    padded = torch.full((1, length), codec.pad_id, dtype=torch.int64)
+
+    def next_tokens(rows: list[list[int]]) -> list[int]:
+        padded[0, : len(rows[0])] = torch.tensor(rows[0])
+        return [next_token(engine, padded, len(rows[0]) - 1)]
+
+    limit = min(count, length - len(prompt_ids))
+    tokens = greedy_continuations(next_tokens, [prompt_ids], [limit], codec.eos_id)[0]
+    return codec.decode([token for token in tokens if token < codec.vocab_size])

@@ -168,7 +168,7 @@ LINE = b'{"text": "fine"}\n'
     [
         ("a.txt", b"caf\xe9", r"a.txt' is not UTF-8 at byte 3 \(0xe9\): convert it"),
         ("a.jsonl", LINE * 3 + b'{"text": "\xff"}\n', r"a.jsonl' is not UTF-8 at byte 61 \(0xff\)"),
-        ("a.jsonl", LINE * 3 + b'{"text": \n' + LINE, "a.jsonl' line 4 is not JSON .* mend or remove"),
+        ("a.jsonl", LINE * 3 + b'{"text": \n' + LINE, "a.jsonl' line 4 is not JSON .* fix or remove"),
         (
             "a.jsonl",
             LINE + b'{"id": 1, "body": "x"}\n',
@@ -195,7 +195,7 @@ def test_errors_of_content(tmp_path, name, content, message):
         read(Source(inputs=(str(tmp_path / name),)))
 
 
-def test_a_line_number_is_right_in_every_stretch(tmp_path):
+def test_a_line_number_is_right_in_every_between(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINE * 50 + b"broken\n" + LINE * 50)
     for shard_bytes in (10, 17, 40, 400):
         with pytest.raises(DataError, match=r"a.jsonl' line 51 is not JSON"):

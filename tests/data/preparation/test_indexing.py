@@ -46,7 +46,7 @@ def test_each_side_gets_a_document_when_there_are_two():
 
 
 def test_verify_notices_damage(tiny, tmp_path):
-    def damaged(name, change):
+    def corrupt(name, change):
         copy = tmp_path / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(tiny, copy)
@@ -61,29 +61,29 @@ def test_verify_notices_damage(tiny, tmp_path):
     with pytest.raises(
         DataError, match=r"train.bin' is truncated: [\d,]+ bytes, the manifest says [\d,]+: .*--overwrite"
     ):
-        verify_prepared(damaged("train.bin", lambda data: data[:-1]))
+        verify_prepared(corrupt("train.bin", lambda data: data[:-1]))
     with pytest.raises(DataError, match=r"train.idx' is too long"):
-        verify_prepared(damaged("train.idx", lambda data: data + b"x"))
-    flipped = damaged("validation.bin", flip)
+        verify_prepared(corrupt("train.idx", lambda data: data + b"x"))
+    flipped = corrupt("validation.bin", flip)
     verify_prepared(flipped)
     with pytest.raises(DataError, match=r"validation.bin' does not have the manifest's sha256"):
         verify_prepared(flipped, full=True)
     with pytest.raises(DataError, match="is not a Megatron index"):
-        verify_prepared(damaged("train.idx", lambda data: flip(data, 0)))
+        verify_prepared(corrupt("train.idx", lambda data: flip(data, 0)))
     with pytest.raises(DataError, match=r"says type 8 and 44 documents, the manifest says uint16 .type 8. and 45"):
-        verify_prepared(damaged("train.idx", lambda data: flip(data, 18)))
+        verify_prepared(corrupt("train.idx", lambda data: flip(data, 18)))
     last_length = 34 + 45 * 4 - 4
     with pytest.raises(DataError, match=r"train.bin' has [\d,]+ bytes, its .idx ends at"):
-        verify_prepared(damaged("train.idx", lambda data: flip(data, last_length)))
+        verify_prepared(corrupt("train.idx", lambda data: flip(data, last_length)))
     with pytest.raises(DataError, match=r"tokenizer.model' has fingerprint .* the tokens were made with"):
-        verify_prepared(damaged("tokenizer.model", flip))
+        verify_prepared(corrupt("tokenizer.model", flip))
     with pytest.raises(DataError, match=r"manifest.json' cannot be read"):
-        verify_prepared(damaged("manifest.json", lambda data: data[:-9]))
+        verify_prepared(corrupt("manifest.json", lambda data: data[:-9]))
     with pytest.raises(DataError, match="is not a manifest of prepared text"):
-        verify_prepared(damaged("manifest.json", lambda data: b"{}"))
+        verify_prepared(corrupt("manifest.json", lambda data: b"{}"))
     with pytest.raises(DataError, match="has format version 9, this program reads 1"):
-        verify_prepared(damaged("manifest.json", lambda data: data.replace(b'version": 1', b'version": 9')))
-    copy = damaged("train.bin", bytes)
+        verify_prepared(corrupt("manifest.json", lambda data: data.replace(b'version": 1', b'version": 9')))
+    copy = corrupt("train.bin", bytes)
     (copy / "train.idx").unlink()
     with pytest.raises(DataError, match=r"train.idx' is missing"):
         verify_prepared(copy)

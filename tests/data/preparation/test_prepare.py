@@ -48,7 +48,7 @@ def contents(folder):
 
 
 def documents_of(folder, split):
-    """The documents of a split, decoded from the raw .bin at its end-of-text tokens."""
+    """The documents of a split, decoded from the raw .bin at its eos tokens."""
     manifest, tokenizer = read_manifest(folder), Tokenizer(Path(folder) / "tokenizer.model")
     tokens = np.fromfile(Path(folder) / f"{split}.bin", dtype=manifest["dtype"])
     assert tokens[-1] == tokenizer.eos_id
@@ -132,8 +132,8 @@ def test_resume_after_kill_9_gives_the_same_bytes_and_reuses_parts(speeches, tmp
     # A part that claims another content must be written again, and so must one that lost its end.
     finished = sorted(parts.glob("*.json"))
     finished[0].write_text(finished[0].read_text().replace('"key": "', '"key": "x'))
-    damaged = finished[1].with_suffix(".tokens")
-    damaged.write_bytes(damaged.read_bytes()[:-2])
+    corrupt = finished[1].with_suffix(".tokens")
+    corrupt.write_bytes(corrupt.read_bytes()[:-2])
     times = {path: path.stat().st_mtime_ns for path in finished}
     again = tool(*options)
     assert again.returncode == 0, again.stderr
@@ -208,7 +208,7 @@ def test_what_exists_is_kept_unless_told_otherwise(tiny, tmp_path):
     prepare(replace(changed, overwrite=True))
     assert verify_prepared(tiny, full=True)["splits"]["validation"]["documents"] > 5
     (tiny / "train.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="exists but is damaged: use --overwrite"):
+    with pytest.raises(DataError, match="exists but is corrupt: use --overwrite"):
         prepare(changed)
     prepare(replace(changed, overwrite=True))
     verify_prepared(tiny, full=True)
