@@ -1,6 +1,6 @@
 """Memory of a run's ranks before it is launched: what each pipeline stage needs, and the nearest layout that fits.
 
-Arithmetic on shapes, calibrated on real training steps (docs/memory.md, `tests/model/test_memory.py`): of 30 million
+Arithmetic on shapes, calibrated on real training steps (docs/memory.md, `tests/planning/test_memory.py`): of 30 million
 weights in fp32 on a CPU, one rank and two, the planned peak was 2 % below the measured one under ZeRO 0 to 2 and 4 %
 below under ZeRO 3. GPUs, bf16, tensor and pipeline parallelism follow from the same formulas and have not been measured.
 """
