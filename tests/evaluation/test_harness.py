@@ -239,6 +239,23 @@ def test_a_task_that_fails_loses_nothing(places: tuple[Path, Path], own: Path, t
     assert scores.new == ["own_empty"] and not scores.failures
 
 
+def test_a_plan_is_scored_without_planning_again(
+    places: tuple[Path, Path], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megagamma.evaluation import harness
+    from megagamma.evaluation.tasks import plan
+
+    request = TaskRequest(["pair", "arc_easy:1"], own)
+    options = {"content_hash": "w", "mirror": places[0], "options": HuggingFaceOptions(device="cpu"), "limit": 3}
+    expected = evaluate(places[1], request, say=str, **options)
+    ready = plan(request)
+    monkeypatch.delattr(harness, "plan")
+    for _ in range(2):  # a plan is not used up
+        scores = evaluate(places[1], ready, say=str, **options)
+        assert [one["task"] for one in scores.records] == ["own_easy", "own_hard", "arc_easy", "pair"]
+        assert scores.flat() == expected.flat()
+
+
 def test_a_kill_between_tasks_keeps_the_first(places: tuple[Path, Path], tmp_path: Path) -> None:
     def say(text: str) -> None:
         if text.startswith("[2/2]"):
