@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class RankError(AssertionError):
+class RankError(RuntimeError):
     """A rank of the pool raised, died or gave no answer; the message holds its traceback."""
 
 
