@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_cac
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def slow(*values: object) -> list[Any]:
+    """Parameters of tests that only `make test-all` runs."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+# Every stage is resumed on two ranks below.
+@pytest.mark.parametrize("stage", [0, 3, *slow(1, 2)])
 def test_resume_is_the_uninterrupted_run_to_the_bit(
     tmp_path: Path, one_rank: RankPool, data_cache: str, stage: int
 ) -> None:
@@ -88,7 +95,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Sequence parallelism splits the weights as tensor parallelism does, virtual stages as pipeline stages do.
+@pytest.mark.parametrize("layout", ["sequence", "virtual", *slow("tensor", "pipeline")])
 def test_a_checkpoint_moves_between_layouts(
     tmp_path: Path, one_rank: RankPool, two_ranks: RankPool, data_cache: str, whole: Path, layout: str
 ) -> None:
