@@ -14,7 +14,6 @@ from support.ranks import RankError, RankPool
 from support.train import run_trainer
 
 from megagamma.checkpoint.reader import CheckpointReader, read_manifest, steps_saved, verify
-from megagamma.checkpoint.safetensors_writer import ShardWriter, checksum
 from megagamma.checkpoint.saver import prune
 from megagamma.errors import CheckpointError
 
@@ -212,23 +211,6 @@ def test_a_damaged_newest_checkpoint(tmp_path: Path, one_rank: RankPool, data_ca
         (run / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").write_text("{")
     with pytest.raises(RankError, match="every checkpoint"):
         one_rank.run(run_trainer, go_back)
-
-
-def test_shard_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path / "x.safetensors", [("a", (2, 3)), ("b", (4,))])
-    with pytest.raises(ValueError, match="expected a"):
-        writer.write("b", torch.ones(4))
-    writer = ShardWriter(tmp_path / "y.safetensors", [("a", (2, 3)), ("b", (4,))])
-    writer.write("a", torch.arange(6.0).view(2, 3))
-    with pytest.raises(ValueError, match="1 tensors are missing"):
-        writer.close()
-    writer.write("b", torch.ones(4, dtype=torch.bfloat16))
-    size, digest = writer.close()
-    path = tmp_path / "y.safetensors"
-    assert (path.stat().st_size, checksum(path)) == (size, digest)
-    loaded = load_file(path)
-    assert loaded["a"].equal(torch.arange(6.0).view(2, 3))
-    assert loaded["b"].equal(torch.ones(4))
 
 
 def test_pruning_keeps_the_newest_and_the_permanent(tmp_path: Path) -> None:
