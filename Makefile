@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.built
 
-.PHONY: env demo test lint typecheck format clean
+.PHONY: env demo test test-fast test-all lint typecheck format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -17,7 +17,16 @@ env: $(STAMP)
 demo: env
 	$(BIN)/python tools/demo.py
 
+# Every claim once.
 test: env
+	$(BIN)/python -m pytest tests -m "not slow"
+
+# The inner loop: what needs neither several processes nor a whole command line.
+test-fast: env
+	$(BIN)/python -m pytest tests -m "not slow and not launcher and not ranks"
+
+# Whole matrices and long drills too.
+test-all: env
 	$(BIN)/python -m pytest tests
 
 lint: env

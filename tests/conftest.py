@@ -18,6 +18,14 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 from support.ranks import RankPool
 
 ROOT = Path(__file__).resolve().parent.parent
+POOLS = {"two_ranks", "four_ranks"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on a pool of several processes."""
+    for item in items:
+        if POOLS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ranks)
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +44,9 @@ def one_rank() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def four_ranks() -> Iterator[RankPool]:
-    """Four processes in a gloo world; for a module only, since they take two gigabytes."""
+    """Four processes in a gloo world, alive for the session. They take two gigabytes, once a test asks for them."""
     pool = RankPool(4)
     yield pool
     pool.close()

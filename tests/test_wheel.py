@@ -55,6 +55,7 @@ def run(installed: Path, folder: Path, *command: str | Path) -> subprocess.Compl
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.launcher
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path, root: Path) -> None:
     files = {path for path in (root / "megagamma").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -62,6 +63,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path, root: Path) -> N
     assert not [name for name in names if name.startswith(("tests", "tools", "configs"))]
 
 
+@pytest.mark.launcher
 def test_an_installed_wheel_trains_outside_the_tree(installed: Path, tmp_path: Path) -> None:
     where = run(installed, tmp_path, "-c", "import megagamma; print(megagamma.__file__)")
     assert Path(where.stdout.strip()) == installed / "megagamma" / "__init__.py"

@@ -19,7 +19,7 @@ from typing import Any
 from megagamma.cli import ignore_library_warnings
 
 
-class RankError(AssertionError):
+class RankError(RuntimeError):
     """A rank of the pool raised, died or gave no answer; the message holds its traceback."""
 
 

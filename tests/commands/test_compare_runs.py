@@ -44,6 +44,7 @@ def test_rows_are_what_the_runs_wrote(runs: list[Path]) -> None:
     assert rows[0]["train_loss"] != rows[1]["train_loss"]
 
 
+@pytest.mark.launcher
 def test_tool_writes_table_numbers_and_picture(runs: list[Path], root: Path, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -71,6 +71,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(
     assert said.count("\n") == 1
 
 
+@pytest.mark.launcher
 def test_a_command_gets_its_arguments_and_gives_its_exit_code(tmp_path: Path) -> None:
     prepared = console("prepare-data", "--corpus", "tiny", "--workers", "2", cwd=tmp_path)
     assert prepared.returncode == 0, prepared.stderr

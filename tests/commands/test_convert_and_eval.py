@@ -53,6 +53,7 @@ def call(tool: ModuleType, capsys: Any, *arguments: Any) -> tuple[int, str, str]
     return code, said.out, said.err
 
 
+@pytest.mark.launcher
 def test_two_runs_to_tables(tool: ModuleType, runs: list[Path], tmp_path: Path, capsys: Any) -> None:
     mirror = make_mirror(tmp_path / "mirror")
     arguments = [*runs, "--steps", "all", "--tasks", "arc_easy", "gsm8k:1", "--mirror", mirror, "--limit", "3"]
@@ -146,6 +147,7 @@ def test_errors_before_any_work(
     assert not (run / "hf").exists()
 
 
+@pytest.mark.launcher
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     tool: ModuleType, runs: list[Path], tmp_path: Path
 ) -> None:

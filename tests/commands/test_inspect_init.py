@@ -43,6 +43,7 @@ def preset(name):
     return f"--config={ROOT}/configs/model/{name}.yaml"
 
 
+@pytest.mark.launcher
 def test_the_largest_preset_in_seconds_from_anywhere(tmp_path):
     begin = time.perf_counter()
     command = [sys.executable, str(SCRIPT), preset("70b"), "--compare", "--json", "init.json"]

@@ -72,7 +72,11 @@ def discard_and_poison(arguments: list[str]) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("stage", "dtype"),
+    [
+        *[(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "fp32"), (2, "bf16"), (3, "fp32"))),
+    ],
 )
 def test_discarded_and_refused_steps_leave_no_trace(
     two_ranks: RankPool, data_cache: str, stage: int, dtype: str
@@ -155,7 +159,7 @@ def test_padding_of_the_vocabulary_does_not_matter(one_rank: RankPool, data_cach
         assert norm == pytest.approx(other_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
 def test_bf16_keeps_exact_masters(two_ranks: RankPool, data_cache: str, stage: int) -> None:
     found = two_ranks.run(_bf16_masters, ["--data.cache", data_cache, "--precision.dtype", "bf16", *zero(stage)])[0]
     assert found["masters are the fp32 draw"]

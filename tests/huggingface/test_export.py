@@ -45,20 +45,16 @@ def native(one_rank: RankPool) -> Native:
 
 
 @pytest.fixture(scope="module")
-def saved(
-    tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, four_ranks: RankPool, data_cache: str
-) -> Callable[[str, bool, bool], Path]:
-    """The checkpoint of a variant, tied or not, by one process or by TP2 x PP2; each made once."""
-    made: dict[tuple[str, bool, bool], Path] = {}
+def saved(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_cache: str) -> Callable[[str, bool], Path]:
+    """The checkpoint of a variant, tied or not, by one process; each made once."""
+    made: dict[tuple[str, bool], Path] = {}
 
-    def make(variant: str, tied: bool = False, spread: bool = False) -> Path:
-        key = (variant, tied, spread)
+    def make(variant: str, tied: bool = False) -> Path:
+        key = (variant, tied)
         if key not in made:
-            folder = str(tmp_path_factory.mktemp("run") / "mine")
+            folder = str(tmp_path_factory.mktemp("run") / "one")
             given = ["--data.cache", data_cache, *VARIANTS[variant], *(TIED if tied else [])]
-            layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2"] if spread else []
-            pool = four_ranks if spread else one_rank
-            made[key] = Path(pool.run(save_model, [*given, *layout], folder)[0])
+            made[key] = Path(one_rank.run(save_model, given, folder)[0])
         return made[key]
 
     return make
@@ -67,16 +63,13 @@ def saved(
 Saved = Callable[..., Path]
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["one process", "TP2xPP2"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("variant", "hf_class", "architecture"), CASES)
-def test_parity(
-    tmp_path: Path, native: Native, saved: Saved, variant: str, hf_class: str | None, architecture: str,
-    tied: bool, spread: bool,
-) -> None:  # fmt: skip
-    said: list[str] = []
+def check_parity(
+    checkpoint: Path, output: Path, native: Native, variant: str, hf_class: str | None, architecture: str, tied: bool
+) -> None:
+    """Export, and check what is said of it and what is in the folder."""
+    lines: list[str] = []
     options = ExportOptions(hf_class=hf_class, custom_code="alone" in variant, parity="full")
-    folder = export(saved(variant, tied, spread), tmp_path / "hf", options, native=native, say=said.append, quiet=True)
+    folder = export(checkpoint, output, options, native=native, say=lines.append, quiet=True)
     found = json.loads((folder / "parity.json").read_text())
     assert found["holds"] and found["architecture"] == architecture
     assert found["largest_difference"] < 1e-5
@@ -86,8 +79,35 @@ def test_parity(
     assert config["vocab_size"] == 520, "the true one"
     assert config["tie_word_embeddings"] is tied
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
-    assert any("must trust it" in line for line in said) is ("alone" in variant)
+    assert any("must trust it" in line for line in lines) is ("alone" in variant)
     assert (folder / "modeling_gated_llama.py").exists() is ("alone" in variant)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("variant", "hf_class", "architecture"), CASES)
+def test_parity(
+    tmp_path: Path, native: Native, saved: Saved, variant: str, hf_class: str | None, architecture: str, tied: bool
+) -> None:
+    check_parity(saved(variant, tied), tmp_path / "hf", native, variant, hf_class, architecture, tied)
+
+
+# The checkpoint does not depend on the layout that wrote it (tests/checkpoint); here is the way from end to end.
+MODELS = [(*case, tied) for case in CASES for tied in (False, True)]
+REPRESENTATIVE = ("elementwise", None, "Qwen3_5ForCausalLM", True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "hf_class", "architecture", "tied"),
+    [pytest.param(*model, marks=[] if model == REPRESENTATIVE else pytest.mark.slow) for model in MODELS],
+)
+def test_parity_of_what_four_ranks_saved(
+    tmp_path: Path, native: Native, four_ranks: RankPool, data_cache: str,
+    variant: str, hf_class: str | None, architecture: str, tied: bool,
+) -> None:  # fmt: skip
+    given = ["--data.cache", data_cache, *VARIANTS[variant], *(TIED if tied else [])]
+    layout = ["--parallel.tensor", "2", "--parallel.pipeline", "2"]
+    checkpoint = Path(four_ranks.run(save_model, [*given, *layout], str(tmp_path / "run"))[0])
+    check_parity(checkpoint, tmp_path / "hf", native, variant, hf_class, architecture, tied)
 
 
 # -- mistakes that parity must see --------------------------------------------------------------------------------------

@@ -32,8 +32,14 @@ def ask(one_rank: RankPool) -> Any:
     return native
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("variant", "hf_class"), CASES)
+@pytest.mark.parametrize(
+    ("variant", "hf_class", "tied"),
+    [
+        *((*case, False) for case in CASES),
+        ("elementwise", None, True),
+        *(pytest.param(*case, True, marks=pytest.mark.slow) for case in CASES if case != ("elementwise", None)),
+    ],
+)
 def test_there_and_back(
     tmp_path: Path, one_rank: RankPool, data_cache: str, variant: str, hf_class: str | None, tied: bool
 ) -> None:

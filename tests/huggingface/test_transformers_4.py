@@ -51,6 +51,7 @@ def old_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.launcher
 def test_the_same_logits_and_ids(tmp_path: Path, old_packages: Path, one_rank: RankPool, data_cache: str) -> None:
     folders = {}
     for variant, hf_class in CASES.items():

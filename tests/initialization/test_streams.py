@@ -158,6 +158,7 @@ def test_device_path_equals_cpu_path(on_device, monkeypatch, truncate):
     assert all(map(same, device, host))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("truncate", [None, 2.0])
 def test_gpu_equals_cpu(truncate):

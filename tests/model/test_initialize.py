@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.ranks import RankPool
+from support.ranks import RankError, RankPool
 
 from megagamma.config.schema import ROLES
 
@@ -89,5 +89,5 @@ def test_truncated_draws_have_the_target_std(one_rank: RankPool) -> None:
 
 
 def test_a_matrix_drawn_wrongly_stops_the_run(one_rank: RankPool) -> None:
-    with pytest.raises(AssertionError, match=r"layers\.1\.mlp\.down_proj.*beyond init\.max_z"):
+    with pytest.raises(RankError, match=r"layers\.1\.mlp\.down_proj.*beyond init\.max_z"):
         one_rank.run(drawn, [], 1.05)

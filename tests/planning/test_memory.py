@@ -215,8 +215,11 @@ STEP = [
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads a process's peak where Linux keeps it")
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("zero", "size"),
+    [(0, 1), (1, 2), pytest.param(0, 2, marks=pytest.mark.slow), pytest.param(1, 1, marks=pytest.mark.slow)],
+)
 def test_the_plan_against_a_real_step(monkeypatch, capsys, zero, size):
     """30 million weights, two microbatches per rank. With glibc told to give freed memory back, see docs/memory.md."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")

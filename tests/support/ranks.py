@@ -1,5 +1,5 @@
 """The pool of ranks that tests run on."""
 
-from megagamma.testing.ranks import RankPool, free_port
+from megagamma.testing.ranks import RankError, RankPool, free_port
 
-__all__ = ["RankPool", "free_port"]
+__all__ = ["RankError", "RankPool", "free_port"]

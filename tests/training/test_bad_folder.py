@@ -103,6 +103,7 @@ def fill(disk: Path, leave: int = 0) -> None:
             file.truncate((disk / "filler").stat().st_size - leave)
 
 
+@pytest.mark.launcher
 def test_disk_that_fills_up_in_a_save(disk: Path, data_cache: str, one_rank: RankPool) -> None:
     """A checkpoint has 3.5 MB: the fourth does not fit. Through the command line, whose last word is at stake."""
     run = disk / "run"

@@ -129,6 +129,7 @@ def ours(err: str) -> list[str]:
     return [line for line in err.splitlines() if "No CUDA runtime is found" not in line]
 
 
+@pytest.mark.launcher
 def test_command_line_says_it_in_one_line(tmp_path: Path, folder: Path) -> None:
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
     code, out, err = finish(start(["--run.folder", str(tmp_path / "run"), *on(folder)]))
@@ -208,6 +209,7 @@ def test_division_that_leaves_a_rest(one_rank: RankPool, tmp_path: Path, argumen
 # -- the rendezvous --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.launcher
 def test_port_in_use(tmp_path: Path, data_cache: str) -> None:
     run = tmp_path / "run"
     with socket.socket() as taken:

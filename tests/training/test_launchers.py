@@ -14,6 +14,8 @@ from support.ranks import RankPool
 
 from megagamma.checkpoint.saver import steps_saved
 
+pytestmark = pytest.mark.launcher
+
 
 def arguments(folder: Path, data_cache: str, steps: int) -> list[str]:
     return ["--run.folder", str(folder), "--data.cache", data_cache, "--run.steps", str(steps)]
@@ -27,7 +29,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data
     return losses(folder)
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("torchrun", 2), ("deepspeed", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [pytest.param("python", 1, marks=pytest.mark.slow), ("torchrun", 2), ("deepspeed", 2)]
+)
 def test_same_losses(tmp_path: Path, data_cache: str, reference: list[float], launcher: str, ranks: int) -> None:
     folder = tmp_path / "run"
     code, out, err = finish(start(arguments(folder, data_cache, 6), launcher), 200)
@@ -54,7 +58,7 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
 def test_rank_that_dies_ends_the_run(tmp_path: Path, data_cache: str, launcher: str) -> None:
     folder = tmp_path / "run"
     process = start(arguments(folder, data_cache, 100_000), launcher)

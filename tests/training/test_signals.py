@@ -46,6 +46,7 @@ def stopped_well(folder: Path, name: str) -> int:
     return last
 
 
+@pytest.mark.launcher
 def test_sigterm_to_the_command_line(tmp_path: Path, data_cache: str, one_rank: RankPool, whole: list[float]) -> None:
     folder = tmp_path / "run"
     process = start(arguments(folder, data_cache))
@@ -60,7 +61,11 @@ def test_sigterm_to_the_command_line(tmp_path: Path, data_cache: str, one_rank: 
     assert losses(folder) == whole, "each step once, to the bit"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+# SIGTERM reaches the command line above, SIGUSR1 one of two ranks below.
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1))],
+)
 def test_signal(
     tmp_path: Path, data_cache: str, one_rank: RankPool, whole: list[float], number: signal.Signals
 ) -> None:

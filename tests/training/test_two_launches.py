@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from support.processes import finish, metrics, start, wait_until
 
 
+@pytest.mark.launcher
 def test_second_launch_is_refused(tmp_path: Path, data_cache: str) -> None:
     common = ["--data.cache", data_cache, "--run.folder", str(tmp_path / "run"), "--run.steps", "400"]
     first = start([*common, "--checkpoint.at_end", "false"])
