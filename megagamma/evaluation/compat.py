@@ -1,7 +1,7 @@
 """Private and internal names of lm-eval, and of `datasets`: nothing else in this project uses them.
 
 Written for lm-eval 0.4.12 and 0.4.13. tests/evaluation/test_compat.py checks what each function needs, so that an
-upgrade that takes it away fails there. Every function says why the public way does not do.
+upgrade that takes it away fails there. Every function explains why the public API does not suffice.
 
 Why names of tasks are not simply given to the public `TaskManager()`: it parses all 14,000 YAML files of lm-eval, which
 takes 4.6 s of CPU time (5 to 14 s on 2 shared cores, after 2.4 s for importing lm-eval), and its `load` then downloads

@@ -71,7 +71,7 @@ def evaluate(
         limit: score only so many documents of each task, or below 1 that share of them.
         seed: of the choice of examples, and of sampling where a task samples.
         batch_size: requests in one pass; auto lets lm-eval find it on a GPU.
-        mirror: folder that stands for the hub's data sets; None: what MEGAGAMMA_MIRROR says, or the hub.
+        mirror: folder that stands for the hub's data sets; None: that of MEGAGAMMA_MIRROR, or the hub.
         options: how a folder is run.
         continuous_metrics: also compute what `megagamma.evaluation.continuous` describes.
         again: score even what was scored before.

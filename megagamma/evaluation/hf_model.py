@@ -75,7 +75,7 @@ def load_model(folder: str | Path, options: HuggingFaceOptions, batch_size: int 
     """lm-eval's `hf` model over a folder.
 
     Raises:
-        EvaluationError: no such folder, no such device, or what transformers says about it.
+        EvaluationError: no such folder, no such device, or transformers cannot load it.
     """
     folder = Path(folder).expanduser().resolve()
     if not (folder / "config.json").is_file():
