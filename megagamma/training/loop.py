@@ -78,6 +78,7 @@ class Trainer:
         # All are asked, also after a no.
         may_update = [callback.before_update(step) for callback in self.callbacks]
         if all(may_update):
+            step.tried = True
             step.applied = engine.step()
         else:
             engine.discard()

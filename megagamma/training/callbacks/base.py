@@ -25,6 +25,8 @@ class Step:
     is_last: bool
     loss: float
     """Mean over the global batch, before the update. Unit: nats per token."""
+    tried: bool = False
+    """Whether the optimizer was asked for its update: no callback left it out."""
     applied: bool = False
     """Whether the optimizer made its update."""
     seconds: float = 0.0

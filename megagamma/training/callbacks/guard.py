@@ -67,7 +67,7 @@ class LossGuard(Callback):
         """Notice an update that the optimizer refused, since its gradients are not finite."""
         if step.applied:
             self.skips = 0
-        elif self._status == "ok":
+        elif step.tried:
             self._report(step, self.policy("nan"), "nan")
 
     def _report(self, step: Step, action: str, status: str | None = None) -> None:
