@@ -1,12 +1,12 @@
 """Private and internal names of lm-eval, and of `datasets`: nothing else in this project uses them.
 
-Written for lm-eval 0.4.12 and 0.4.13. tests/evaluation/test_compat.py checks what each function needs, so that an
+Written against lm-eval 0.4.13. tests/evaluation/test_compat.py checks what each function needs, so that an
 upgrade that takes it away fails there. Every function explains why the public API does not suffice.
 
 Why names of tasks are not simply given to the public `TaskManager()`: it parses all 14,000 YAML files of lm-eval, which
-takes 4.6 s of CPU time (5 to 14 s on 2 shared cores, after 2.4 s for importing lm-eval), and its `load` then downloads
-every data set. Planning here indexes only the folders that define the requested names and reads no data: 0.3 s of CPU
-time for the preset `quick`, 1.2 s for `reasoning` and `knowledge` together.
+took 4.6 to 5.4 s of CPU time, and 14 to 22 s on 2 cores busy with other work; and its `load` then reads every data set.
+Planning here indexes only the folders that define the requested names and reads no data: 0.3 s of CPU time for the preset
+`quick`, 1.2 s for `reasoning` and `knowledge` together.
 """
 
 from __future__ import annotations
