@@ -38,7 +38,7 @@ from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import KINDS
 from megagamma.errors import CheckpointError
-from megagamma.files import advice, publish_directory, remove_directory, write_json
+from megagamma.files import advice, publish_directory, recover_directory, remove_directory, write_json
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
 
 
@@ -190,9 +190,7 @@ class Saver:
         }
 
         def begin() -> None:
-            # Left behind by a run that was killed while saving.
-            for old in self.root.glob(".step_*"):
-                shutil.rmtree(old, ignore_errors=True)
+            clean_up(self.root)
             partial.mkdir(parents=True)
 
         self.runtime.run_on_rank0(lambda: _explained(begin, partial))
@@ -278,6 +276,15 @@ def prune(root: Path, keep_last: int, permanent: set[int]) -> list[int]:
     return removable
 
 
+def clean_up(root: Path) -> None:
+    """Put in order what a run that was killed while saving left: a checkpoint that was set aside comes back, and what is
+    unfinished goes."""
+    for aside in root.glob(".step_*.replaced"):
+        recover_directory(root / aside.name.removeprefix(".").removesuffix(".replaced"))
+    for unfinished in root.glob(".step_*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, list[str]] | None:
     """The newest checkpoint whose files are what was written; all ranks call it and share the checking.
 
@@ -291,6 +298,7 @@ def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, lis
         Its folder, and what was wrong with the newer ones; None when there is no checkpoint.
     """
     corrupt: list[str] = []
+    runtime.run_on_rank0(lambda: _explained(lambda: clean_up(root), root))
     for step in reversed(runtime.run_on_rank0(lambda: steps_saved(root))):
         folder, problem = root / folder_name(step), None
         try:

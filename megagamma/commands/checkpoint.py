@@ -19,6 +19,7 @@ from typing import Any
 from megagamma.checkpoint.inspection import checkpoint_folders, describe, difference, verify_files
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import write_json
+from megagamma.reporting.tables import aligned_table
 
 
 def inspect(known: argparse.Namespace) -> dict[str, Any]:
@@ -29,11 +30,17 @@ def inspect(known: argparse.Namespace) -> dict[str, Any]:
         f"format {found['format_version']}"
     )
     width = max((len(row["name"]) for row in found["tensors"]), default=0) + 2
-    print(f"\n{'weight':<{width}}{'shape':>16}{'dtype':>10}{'std':>13}{'rms':>13}")
-    for row in found["tensors"]:
-        shape = "x".join(map(str, row["shape"]))
-        bad = f"  {row['not_finite']:,} not finite" if row["not_finite"] else ""
-        print(f"{row['name']:<{width}}{shape:>16}{row['dtype']:>10}{row['std']:>13.4e}{row['rms']:>13.4e}{bad}")
+    cells = [
+        (
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            row["dtype"],
+            f"{row['std']:.4e}",
+            f"{row['rms']:>13.4e}" + (f"  {row['not_finite']:,} not finite" if row["not_finite"] else ""),
+        )
+        for row in found["tensors"]
+    ]
+    print("\n" + aligned_table(("weight", "shape", "dtype", "std", "rms"), (width, 16, 10, 13, 13), cells))
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["kinds"].items())
     print(f"\n{found['weights']:,} weights; tensors: {kinds}\n")
     for entry in found["files"]:

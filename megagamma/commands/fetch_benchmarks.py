@@ -23,7 +23,7 @@ import yaml
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.evaluation.mirror import HEADER, VARIABLE, folder_of, header, holds
 from megagamma.evaluation.tasks import TaskRequest, dataset_configs, plan
-from megagamma.files import advice, require_writable
+from megagamma.files import advice, hidden_name, publish_directory, recover_directory, require_writable
 
 # Data, and the README whose header names the configs. Loading scripts are left out: `datasets` runs none any more.
 PATTERNS = [
@@ -62,7 +62,8 @@ def fetch(name: str, configs: list[str | None], root: Path, revision: str | None
     from huggingface_hub import snapshot_download
 
     final = folder_of(root, name)
-    partial = final.with_name(f".{final.name}.partial")
+    recover_directory(final)
+    partial = hidden_name(final, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -80,9 +81,7 @@ def fetch(name: str, configs: list[str | None], root: Path, revision: str | None
         size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
         if not any(path.is_file() and path.name != "README.md" for path in partial.rglob("*")):
             raise EvaluationError(f"{name}: its repository holds no data files: it may need a loading script")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
+        publish_directory(partial, final)
     except (OSError, ValueError) as error:
         # Of the hub: no network, offline by the environment, no such repository, or one that needs a login.
         reason = " ".join(str(error).split())[:300] or type(error).__name__

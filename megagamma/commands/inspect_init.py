@@ -21,6 +21,7 @@ from megagamma.config.io import build_parser, parse_namespace, to_config
 from megagamma.config.resolve import resolve, validate
 from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.errors import ConfigurationError
+from megagamma.reporting.tables import aligned_table
 
 DEFAULT_VOCABULARY = 32000  # Llama 2's
 GIB = 2**30
@@ -77,28 +78,31 @@ def print_shape(config: Config) -> None:
 
 def print_matrices(rows: list[dict[str, Any]]) -> None:
     """Target and measured std, one line per role or matrix."""
-    width = max(len(row["name"]) for row in rows) + 2
-    print(
-        f"\n{'matrices':<{width}}{'shape':>14}{'d_in':>7}{'gamma':>7}{'eff.':>7}{'target std':>12}"
-        f"{'measured':>12}{'z':>7}{'sampled':>12}"
-    )
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        gamma = "-" if row["gamma"] is None else f"{row['gamma']:.3g}"
-        print(
-            f"{row['name']:<{width}}{shape:>14}{row['d_in']:>7}{gamma:>7}{row['effective_gamma']:>7.3f}"
-            f"{row['asked_std']:>12.4e}{row['measured_std']:>12.4e}{row['z']:>7.2f}"
-            f"{row['sampled_elements']:>12,}"
+    columns = ("matrices", "shape", "d_in", "gamma", "eff.", "target std", "measured", "z", "sampled")
+    widths = (max(len(row["name"]) for row in rows) + 2, 14, 7, 7, 7, 12, 12, 7, 12)
+    cells = [
+        (
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            str(row["d_in"]),
+            "-" if row["gamma"] is None else f"{row['gamma']:.3g}",
+            f"{row['effective_gamma']:.3f}",
+            f"{row['asked_std']:.4e}",
+            f"{row['measured_std']:.4e}",
+            f"{row['z']:.2f}",
+            f"{row['sampled_elements']:,}",
         )
+        for row in rows
+    ]
+    print("\n" + aligned_table(columns, widths, cells))
     print("eff.: exponent that the target std, depth factor included, amounts to; sampled: elements drawn")
 
 
 def print_comparison(table: dict[str, dict[str, float]]) -> None:
     """Target std per role and scheme."""
     names = list(next(iter(table.values())))
-    print("\n" + f"{'target std':<18}" + "".join(f"{name:>13}" for name in names))
-    for role, stds in table.items():
-        print(f"{role:<18}" + "".join(f"{stds[name]:>13.3e}" for name in names))
+    cells = [(role, *(f"{stds[name]:.3e}" for name in names)) for role, stds in table.items()]
+    print("\n" + aligned_table(("target std", *names), (18, *[13] * len(names)), cells))
 
 
 def print_cost(cost: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from support.ranks import RankError, RankPool
 from support.train import run_trainer
 
 from megagamma.checkpoint.reader import CheckpointReader, read_manifest, steps_saved, verify
-from megagamma.checkpoint.saver import prune
+from megagamma.checkpoint.saver import clean_up, prune
 from megagamma.errors import CheckpointError
 
 HALF = 6
@@ -252,3 +252,15 @@ def test_a_checkpoint_loads_in_another_precision(
     final = CheckpointReader(back / "checkpoints" / f"step_{HALF + 2:08d}")
     for name, tensor in before.tensors():
         assert torch.equal(final.read("weight", name), tensor)
+
+
+def test_a_checkpoint_that_was_set_aside_comes_back(tmp_path: Path) -> None:
+    """A kill between the two renames of publishing a step again leaves it under a hidden name."""
+    root = tmp_path / "checkpoints"
+    for name in (".step_00000002.replaced", ".step_00000002.partial", ".step_00000003.replaced", "step_00000003"):
+        (root / name).mkdir(parents=True)
+        (root / name / "checkpoint.json").write_text(name)
+    clean_up(root)
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000002", "step_00000003"]
+    assert (root / "step_00000002" / "checkpoint.json").read_text() == ".step_00000002.replaced"
+    assert (root / "step_00000003" / "checkpoint.json").read_text() == "step_00000003"
