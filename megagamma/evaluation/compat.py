@@ -12,6 +12,7 @@ Planning here indexes only the folders that define the requested names and reads
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -160,7 +161,8 @@ def build_task(entry: Any, overrides: dict[str, Any]) -> Any:
     """
     from lm_eval.tasks._factory import TaskFactory
 
-    return TaskFactory()._build_task(entry, overrides)
+    # A task may change its config later, and would change what the next one of the same plan is built from.
+    return TaskFactory()._build_task(entry, copy.deepcopy(overrides))
 
 
 # -- averages over groups ----------------------------------------------------------------------------------------------

@@ -136,6 +136,10 @@ def test_built_tasks_have_what_scoring_uses(folder: Path) -> None:
     assert task.doc_to_choice(document)[task.doc_to_target(document)]
     assert task.config.target_delimiter == " " and not task.doc_to_prefix(document)
     assert task.higher_is_better()["acc"] is True
+    # What one task changes in its config does not reach the next of the same plan.
+    overrides = {**unread.overrides, **files, "metadata": {"version": 1, "notes": ["x"]}}
+    compat.build_task(unread.entry, overrides).config.metadata["notes"].append("y")
+    assert compat.build_task(unread.entry, overrides).config.metadata["notes"] == ["x"]
 
 
 def test_aggregate_group_by_its_rules_and_further_metrics_by_size(
