@@ -171,8 +171,9 @@ def let_waiting_threads_sleep() -> None:
     """Make OpenMP threads without work sleep instead of spin. Call before torch is imported; it is too late after.
 
     By default a waiting thread of GNU OpenMP spins for milliseconds. Where processes share cores, threads that spin
-    keep those with work off the cores, and small matrix products get slower by factors of ten and more. A value that
-    the user has set stays.
+    keep those with work off the cores, and training gets slower by factors of ten and more. The price is a wake-up per
+    parallel region: on a machine of its own, about a tenth for the model of configs/demo.yaml, and half for the far
+    smaller one of configs/smoke.yaml, which is as fast with one thread. A value that the user has set stays.
     """
     # Both are read when the OpenMP library is loaded; the second by that of LLVM and Intel.
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):

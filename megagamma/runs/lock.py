@@ -298,7 +298,12 @@ class RunLock:
         """Put `new` in place of the lock that begins the chain; returns whether this process was the one to do it."""
         if not self._claim(chain, new):
             return False
-        write_json(self.path, dataclasses.asdict(new))
+        try:
+            write_json(self.path, dataclasses.asdict(new))
+        except MegagammaError:
+            # Nothing was changed: a claim that stayed would say otherwise.
+            self._claim_file(chain[-1]).unlink(missing_ok=True)
+            raise
         # From here on these claims bar nobody: who finds one free sees that the lock is another, and lets go.
         for holder in reversed(chain):
             self._claim_file(holder).unlink(missing_ok=True)

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.files import write_json
+from megagamma.runs import lock as lock_module
 from megagamma.runs.lock import LockHolder, RunLock, read_lock
 
 # Takes the lock argv[1], with a sign of life every argv[2] s; says so, and waits for a line.
@@ -409,6 +411,25 @@ def test_lock_that_was_removed_by_hand_is_written_again(tmp_path: Path) -> None:
         assert not lock.lost
         with pytest.raises(ConfigurationError, match="in use"):
             RunLock(tmp_path).acquire()
+
+
+def test_sign_of_life_that_cannot_be_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full for a moment: the next sign of life is written, and the lock is not lost."""
+    failures: list[int] = []
+
+    def fail_twice(path: Path, value: object) -> None:
+        if len(failures) < 2:
+            failures.append(1)
+            raise MegagammaError("No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(lock_module, "write_json", fail_twice)
+    with RunLock(tmp_path, renew_seconds=0.02) as lock:
+        first = read_lock(tmp_path)
+        until(lambda: read_lock(tmp_path) != first)
+        assert len(failures) == 2
+        assert not lock.lost
+    assert lock_files(tmp_path) == []
 
 
 def test_former_holder_that_writes_over_its_successor(tmp_path: Path) -> None:
