@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, DataConfig, InitConfig
 from megagamma.huggingface.card import model_card
 from megagamma.huggingface.formats import FORMATS
@@ -22,7 +22,7 @@ def card(run: Path | None = None, proven: int = 0, key: str = "llama", **init: o
 
 
 def test_what_every_card_holds() -> None:
-    text = card(gamma=0.75, embedding=0.5)
+    text = card(gamma=0.75, exponents={"embedding": 0.5})
     assert text.startswith("---\nlibrary_name: transformers\n") and text.count("\n---\n") == 1
     assert "# small, step 1,200" in text and "123,456 parameters" in text and "on 9,999,999 tokens" in text
     assert "std = d_in^-gamma, gamma 0.75, but embedding 0.5; normal distribution" in text.replace(

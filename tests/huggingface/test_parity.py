@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagamma.config.rules import resolve
+from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, ModelConfig, ParallelConfig
 from megagamma.huggingface import parity
 from megagamma.huggingface.formats import FORMATS

@@ -10,7 +10,8 @@ import pytest
 
 from megagamma.config.schema import Config
 from megagamma.errors import DataError
-from megagamma.runs.compare import RunRecord, as_table, comparison, plot, read_run
+from megagamma.reporting.comparison import as_table, plot
+from megagamma.runs.compare import RunRecord, comparison, read_run
 from megagamma.runs.folder import RunFolder
 
 
