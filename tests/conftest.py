@@ -11,9 +11,12 @@ import pytest
 
 # Helpers of the tests, importable here and in the ranks.
 sys.path.insert(0, str(Path(__file__).parent))
-# One set of threads per rank, and nothing looked up on a network.
+# Nothing looked up on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Workers beside each other share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from support.ranks import RankPool
 
@@ -21,11 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 POOLS = {"two_ranks", "four_ranks"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on a pool of several processes."""
+    """Mark what runs on a pool of several processes, and say which tests share a worker: those of a file, whose fixtures
+    are made once; and all that need four ranks, since starting those costs most."""
+    four = {item.path for item in items if "four_ranks" in getattr(item, "fixturenames", ())}
     for item in items:
         if POOLS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ranks)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("four ranks" if item.path in four else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,9 @@ from support.ranks import RankPool
 
 from megagamma.checkpoint.reader import read_manifest, steps_saved, verify
 
+# They share the server that runs are forked from.
+pytestmark = pytest.mark.xdist_group("forked")
+
 STEPS = 8
 
 
@@ -58,7 +61,8 @@ def test_killed_in_a_save(tmp_path: Path, data_cache: str, one_rank: RankPool) -
     assert one_rank.run(attempt, arguments(whole, data_cache), True)[0] == ("", 0, "")
     root = broken / "checkpoints"
 
-    # In the first file of a save, with checkpoints before it. A save can end between the look and the signal.
+    # With checkpoints before it; tests of publishing stop at every other point. A save can end between the look and the
+    # signal.
     for _ in range(4):
         kill_in_a_save(broken, data_cache, saved=1, files=1)
         if partials(root):
@@ -72,20 +76,15 @@ def test_killed_in_a_save(tmp_path: Path, data_cache: str, one_rank: RankPool) -
     for step in steps_saved(root):
         verify(root / f"step_{step:08d}", read_manifest(root / f"step_{step:08d}"))
 
-    # Late in a save, at other bytes, after a resume that had to clean up.
-    kill_in_a_save(broken, data_cache, saved=2, files=3)
     # Negative control: the kills came before the end.
-    assert newest <= steps_saved(root)[-1] < STEPS
-    for step in steps_saved(root):
-        verify(root / f"step_{step:08d}", read_manifest(root / f"step_{step:08d}"))
-
+    assert newest < STEPS
     assert one_rank.run(attempt, arguments(broken, data_cache), True)[0] == ("", 0, "")
     assert losses(broken) == losses(whole), "to the bit"
     assert not list(root.glob(".step_*")), "what the kills left is gone"
     # Negative control: the losses differ from step to step.
     assert len(set(losses(whole))) == STEPS
     events = (broken / "events.jsonl").read_text()
-    assert events.count('"event": "resume"') >= 2
+    assert events.count('"event": "resume"') >= 1
 
 
 def test_killed_before_the_first_checkpoint(tmp_path: Path, data_cache: str, one_rank: RankPool) -> None:

@@ -15,7 +15,7 @@ from support.ranks import RankPool
 
 from megagamma.checkpoint.reader import read_manifest, steps_saved, verify
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("forked")]
 
 LAYOUTS = [
     ("--parallel.tensor", "2"),

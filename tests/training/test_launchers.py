@@ -18,7 +18,11 @@ pytestmark = pytest.mark.launcher
 
 
 def arguments(folder: Path, data_cache: str, steps: int) -> list[str]:
-    return ["--run.folder", str(folder), "--data.cache", data_cache, "--run.steps", str(steps)]
+    """With a learning rate that does not depend on the number of steps."""
+    return [
+        *("--run.folder", str(folder), "--data.cache", data_cache, "--run.steps", str(steps)),
+        *("--schedule.shape", "constant", "--schedule.warmup_steps", "2", "--logging.sample_tokens", "0"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +33,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data
     return losses(folder)
 
 
-@pytest.mark.parametrize(
-    ("launcher", "ranks"), [pytest.param("python", 1, marks=pytest.mark.slow), ("torchrun", 2), ("deepspeed", 2)]
-)
-def test_same_losses(tmp_path: Path, data_cache: str, reference: list[float], launcher: str, ranks: int) -> None:
-    folder = tmp_path / "run"
-    code, out, err = finish(start(arguments(folder, data_cache, 6), launcher), 200)
-    assert code == 0, err[-3000:]
-    # Negative control: that many processes did take part.
-    assert f"on {ranks} x cpu" in out
-    assert f"data {ranks}," in out
-    assert losses(folder) == pytest.approx(reference, rel=1e-5)
+def same_losses(folder: Path, reference: list[float]) -> None:
+    assert losses(folder)[:6] == pytest.approx(reference, rel=1e-5)
     assert reference[0] - reference[-1] > 0.1
-    assert steps_saved(folder / "checkpoints") == [6]
-    assert out.count("done: 6 steps") == 1, "one rank speaks"
 
 
 def ranks_of(launcher: int) -> dict[int, psutil.Process]:
@@ -58,28 +51,47 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [pytest.param("python", 1, marks=pytest.mark.slow), pytest.param("deepspeed", 2, marks=pytest.mark.slow)],
+)
+def test_a_run_to_its_end(tmp_path: Path, data_cache: str, reference: list[float], launcher: str, ranks: int) -> None:
+    folder = tmp_path / "run"
+    code, out, err = finish(start(arguments(folder, data_cache, 6), launcher), 200)
+    assert code == 0, err[-3000:]
+    assert f"on {ranks} x cpu" in out
+    same_losses(folder, reference)
+    assert steps_saved(folder / "checkpoints") == [6]
+    assert out.count("done: 6 steps") == 1, "one rank speaks"
+
+
 @pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
-def test_rank_that_dies_ends_the_run(tmp_path: Path, data_cache: str, launcher: str) -> None:
+def test_rank_that_dies_ends_the_run(tmp_path: Path, data_cache: str, reference: list[float], launcher: str) -> None:
     folder = tmp_path / "run"
     process = start(arguments(folder, data_cache, 100_000), launcher)
-    wait_until(lambda: len(metrics(folder)) >= 2, process, 120)
+    wait_until(lambda: len(metrics(folder)) >= 6, process, 120)
     ranks = ranks_of(process.pid)
+    # Negative control: that many processes do take part.
     assert sorted(ranks) == [0, 1]
     ranks[1].send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    code, _, _ = finish(process)
+    code, out, _ = finish(process)
     assert code != 0
     assert time.monotonic() - begin < 100
     assert not ranks[0].is_running() or ranks[0].status() == psutil.STATUS_ZOMBIE
+    assert "on 2 x cpu" in out and "data 2," in out
+    same_losses(folder, reference)
 
 
-def test_signal_to_the_launcher_saves(tmp_path: Path, data_cache: str) -> None:
+def test_signal_to_the_launcher_saves(tmp_path: Path, data_cache: str, reference: list[float]) -> None:
     """What a scheduler does at the end of the time that it gave: the ranks are told, and save."""
     folder = tmp_path / "run"
     process = start(arguments(folder, data_cache, 100_000), "torchrun")
-    wait_until(lambda: len(metrics(folder)) >= 3, process, 120)
+    wait_until(lambda: len(metrics(folder)) >= 6, process, 120)
     os.kill(process.pid, signal.SIGTERM)
     code, out, _ = finish(process)
     assert code != 0
-    assert "stopped by SIGTERM at step" in out
+    assert "on 2 x cpu" in out and "data 2," in out
+    assert out.count("stopped by SIGTERM at step") == 1, "one rank speaks"
     assert steps_saved(folder / "checkpoints") == [metrics(folder)[-1]["step"]]
+    same_losses(folder, reference)

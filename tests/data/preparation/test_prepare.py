@@ -378,17 +378,24 @@ def test_help_shows_examples_as_commands():
         parser.parse_args(words)
 
 
-def test_inspect_shows_the_first_step_unless_told_otherwise(tmp_path):
+def test_inspect_shows_the_first_step_unless_told_otherwise(tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("data: {corpus: tiny, sequence_length: 32}\nrun: {steps: 3}\n")
     # With the corpus prepared in data.cache, below the working directory.
-    assert tool("--corpus", "tiny", cwd=tmp_path).returncode == 0
-    done = tool("--inspect", config, "--rows", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("step 1: samples 0 to 31\n")
-    assert tool("--inspect", config, "--rows", 1, "--step", 1, cwd=tmp_path).stdout == done.stdout
-    refused = tool("--inspect", config, "--step", 0, cwd=tmp_path)
-    assert (refused.returncode, "--step 0: the run has steps 1 to 3" in refused.stderr) == (2, True)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = main_guard(lambda: prepare_data.main(list(map(str, arguments))))
+        return code, *capsys.readouterr()
+
+    assert call("--corpus", "tiny")[0] == 0
+    code, out, err = call("--inspect", config, "--rows", 1)
+    assert code == 0, err
+    assert out.startswith("step 1: samples 0 to 31\n")
+    assert call("--inspect", config, "--rows", 1, "--step", 1)[1] == out
+    code, _, err = call("--inspect", config, "--step", 0)
+    assert (code, "--step 0: the run has steps 1 to 3" in err) == (2, True)
 
 
 def test_an_interrupt_says_that_the_work_is_kept(tmp_path, monkeypatch, capsys):
