@@ -1,8 +1,4 @@
-"""Atomic writes: a file or folder under its final name is complete, or it is not there.
-
-A folder is written under a hidden name beside its place, `.NAME.partial`, and renamed when it is complete. A folder
-that it replaces is set aside as `.NAME.replaced` for the moment of the rename.
-"""
+"""Files written atomically: one under its final name is complete, or it is what it was. Folders: `megagamma.folders`."""
 
 from __future__ import annotations
 
@@ -12,12 +8,13 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.errors import MegagammaError
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -43,21 +40,35 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         encoding = None if "b" in mode else "utf-8"
-        with tempfile.NamedTemporaryFile(
-            mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        name = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+        # Made by `open`, unlike tempfile's, so that the umask decides who may read it.
+        with open(name, mode.replace("w", "x"), encoding=encoding) as file:
+            temporary = name
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        keep_mode(path, temporary)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
         raise MegagammaError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+def keep_mode(old: Path, new: Path) -> None:
+    """Give what takes the place of a file or folder the rights of the old one, where there is one.
+
+    Raises:
+        OSError: the rights cannot be read or given.
+    """
+    try:
+        before = stat.S_IMODE(os.stat(old).st_mode)
+    except FileNotFoundError:
+        return
+    if before != stat.S_IMODE(os.stat(new).st_mode):
+        os.chmod(new, before)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -214,121 +225,3 @@ class JsonLines:
         with open(self.path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-
-
-def hidden_name(folder: Path, suffix: str) -> Path:
-    """`.NAME.suffix` beside a folder."""
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def publish_directory(partial: Path, final: Path, replace: bool = True) -> None:
-    """Give a complete folder its final name, durably.
-
-    The files must be synced by whoever wrote them. A folder of that name is set aside first: it is put back when the
-    rename fails, and by `recover_directory` after a kill.
-
-    Args:
-        partial: on the same file system as `final`.
-        replace: take the place of a folder that holds something; else only of an empty one.
-
-    Raises:
-        OSError: the disk refuses, or a folder is there that may not be replaced. What was there stays.
-    """
-    for folder, _, _ in os.walk(partial):
-        sync_folder(folder)
-    old = hidden_name(final, "replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if replace and final.exists():
-        final.rename(old)
-    try:
-        partial.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_directory(final: Path) -> None:
-    """Put back a folder that `publish_directory` had set aside when the process was killed."""
-    old = hidden_name(final, "replaced")
-    if old.exists() and not final.exists():
-        old.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_directory(folder: Path) -> None:
-    """Delete a folder so that it is never seen half deleted: it is hidden first.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
-    to_delete = hidden_name(folder, "deleted")
-    folder.rename(to_delete)
-    shutil.rmtree(to_delete, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def directory_lock(output: Path, option: str = "--out", waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold `.NAME.lock` beside a folder, so that one process at a time writes it.
-
-    Args:
-        option: named in the error.
-        waiting: called when another process holds the lock, before waiting for it. None: do not wait.
-
-    Raises:
-        ConfigurationError: another process holds the lock, and `waiting` is None.
-        OSError: the lock's file cannot be written.
-    """
-    import filelock
-
-    path = hidden_name(output, "lock")
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if waiting is None:
-            raise ConfigurationError(
-                f"{option} {output}: another process writes it now: wait, or choose another folder"
-            ) from None
-        waiting()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if waiting is None:  # a process that waits may have opened the file already, and would lock it in vain
-            path.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextlib.contextmanager
-def atomic_directory(
-    output: Path, option: str = "--out", may_replace: Callable[[Path], bool] | None = None
-) -> Iterator[Path]:
-    """A hidden folder beside `output` to write into, which takes its name when the block ends well.
-
-    After an error nothing is left but what was there before. One process at a time.
-
-    Args:
-        output: folder to write; an empty one of that name is replaced.
-        option: named in errors.
-        may_replace: whether a folder of that name that holds something is replaced too. None: never.
-
-    Raises:
-        MegagammaError: another process writes the same folder, or the disk refuses.
-    """
-    require_writable(output.parent, option)
-    partial = hidden_name(output, "partial")
-    try:
-        with directory_lock(output, option):
-            try:
-                recover_directory(output)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                yield partial
-                publish_directory(partial, output, replace=may_replace is not None and may_replace(output))
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise MegagammaError(f"{output}: cannot be written ({error.strerror or error}): {advice(error)}") from error

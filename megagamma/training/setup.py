@@ -33,6 +33,7 @@ from megagamma.initialization.report import (
 )
 from megagamma.model.initialize import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
+from megagamma.owned import require_place
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
 from megagamma.runs.folder import RunFolder
@@ -94,6 +95,7 @@ def _check_folder(config: Config) -> None:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
     """
     run, mode = RunFolder(config.run.folder), config.run.resume
+    require_place(run.path, f"run.folder={run.path}", itself=("run",), around=("run",))
     if mode == "never" and run.holds_steps:
         raise ConfigurationError(
             f"run.folder={run.path} holds a run already, and run.resume=never: choose another folder, or --run.resume auto"
