@@ -151,6 +151,27 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None where there is none. Of bytes that are no UTF-8 the character is lost, not the line."""
+    try:
+        values = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step that a line is of, 0 where it names none; None where it cannot be read."""
+    values = _object(line)
+    step = values.get("step", 0) if values is not None else None
+    return step if isinstance(step, int | float) and math.isfinite(step) else None
+
+
+def _write_lines(path: Path, lines: list[bytes]) -> None:
+    with atomic_file(path, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+
+
 class JsonLines:
     """A file of JSON objects, one a line, that survives a kill: each line is written whole and flushed."""
 
@@ -161,22 +182,78 @@ class JsonLines:
     def read(self) -> list[dict[str, Any]]:
         """The objects of the file; empty when there is none. A reader may come while a run writes.
 
-        A line that is no JSON object is left out: the last one may be half written, now or since a kill.
+        A line that is no JSON object is left out: the last one may be half written, now or since a kill. A byte that is
+        not UTF-8 spoils the character that it is in, and no other line.
 
         Raises:
             MegagammaError: the file is there and cannot be read.
         """
-        return [values for _, values in self._valid_lines()]
+        return [values for line in self._lines() if (values := _object(line)) is not None]
 
-    def keep_until(self, step: int) -> None:
-        """Drop lines of later steps, and a line that a kill cut off, so that a resumed run repeats nothing.
+    def keep_until(self, step: int) -> int:
+        """Drop lines of later steps, so that a resumed run repeats nothing.
+
+        Lines that cannot be read, as one that a kill cut off, move to `NAME.unreadable.jsonl` beside the file, as they are.
 
         Raises:
             MegagammaError: the file cannot be read or written.
+
+        Returns:
+            How many could not be read.
         """
-        if self.path.exists():
-            kept = [line for line, values in self._valid_lines() if values.get("step", 0) <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+        lines = self._lines()
+        if not lines:
+            return 0
+        kept, unreadable = [], []
+        for line in lines:
+            number = _step_of(line)
+            if number is None:
+                unreadable.append(line)
+            elif number <= step:
+                kept.append(line)
+        if unreadable:
+            archive = self.unreadable_file
+            before = archive.read_bytes() if archive.exists() else b""
+            _write_lines(archive, [before.removesuffix(b"\n"), *unreadable] if before else unreadable)
+        if len(kept) < len(lines) or not self._ends_its_line():
+            _write_lines(self.path, kept)
+        return len(unreadable)
+
+    @property
+    def unreadable_file(self) -> Path:
+        """Where `keep_until` puts lines that cannot be read."""
+        return self.path.with_name(f"{self.path.stem}.unreadable.jsonl")
+
+    def archive(self) -> Path | None:
+        """Give the file another name, `NAME.before-1.jsonl`, if it has a line of a step above 0; returns the new path.
+
+        Raises:
+            MegagammaError: the file cannot be read or renamed.
+        """
+        steps = [_step_of(line) for line in self._lines()]
+        if not any(step is None or step > 0 for step in steps):
+            return None
+        self.close()
+        number = 1
+        while os.path.lexists(new := self.path.with_name(f"{self.path.stem}.before-{number}.jsonl")):
+            number += 1
+        try:
+            self.path.rename(new)
+            sync_folder(new.parent)
+        except OSError as error:
+            raise MegagammaError(f"{self.path}: cannot be renamed ({error.strerror}): {advice(error)}") from error
+        return new
+
+    def is_lost(self) -> bool:
+        """Whether the file is open, and its name leads to another file or to none: what is written has no name."""
+        if self._file is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # a file system that does not answer for a moment
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one object. A number that is not finite becomes null, as JSON has no word for it.
@@ -203,21 +280,16 @@ class JsonLines:
                 self._file.close()
             self._file = None
 
-    def _valid_lines(self) -> list[tuple[str, dict[str, Any]]]:
+    def _lines(self) -> list[bytes]:
+        """The lines that are not empty, without their ends."""
         try:
-            # A cut may go through a character.
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return []
         except OSError as error:
             raise MegagammaError(f"{self.path}: cannot be read ({error.strerror})") from error
-        valid = []
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(line)
-                if isinstance(values, dict):
-                    valid.append((line, values))
-        return valid
+        # Not splitlines(): a text may hold characters that it takes for ends of lines.
+        return [line for line in content.split(b"\n") if line.strip()]
 
     def _ends_its_line(self) -> bool:
         if not self.path.is_file() or self.path.stat().st_size == 0:

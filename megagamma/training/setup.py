@@ -212,7 +212,8 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     elif dtype != torch.float32:
         refine_masters(engine, config)
     origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
-    reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
+    start_step = None if resume is None else step
+    reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, start_step)
     session = Session(config, runtime, data, engine, reporter, folder, lock, total_steps(config), step)
     if resume is not None:
         session.consumed, session.seconds = manifest["consumed_samples"], manifest["seconds"]

@@ -380,7 +380,7 @@ def test_a_place_that_belongs_to_something_else_is_refused(tmp_path: Path, nativ
     ]:
         if output.name == "link":
             output.symlink_to(run / "checkpoints" / "step_00000099")
-        with pytest.raises(ConfigurationError, match=f"--out .*: {owner} .*choose another folder"):
+        with pytest.raises(ConfigurationError, match=f"--out .*: {owner}.*choose another folder"):
             export(checkpoint, output, ExportOptions(overwrite=True), native=native)
     assert snapshot(tmp_path) == before
     # Negative controls: where exports of a run go, and those of a checkpoint outside one.

@@ -257,7 +257,7 @@ def test_an_output_that_belongs_to_something_else_is_refused(tiny, tmp_path):
         (run / "checkpoints" / "step_00000001" / "data", "lies in the checkpoint"),
         (tiny / "more", "lies in the prepared data"),
     ]:
-        with pytest.raises(ConfigurationError, match=f"^output: .*: {owner} .*choose another folder"):
+        with pytest.raises(ConfigurationError, match=f"^output: .*: {owner}.*choose another folder"):
             prepare(replace(embedded_settings("tiny", str(tmp_path)), output=str(output)))
     # Negative control: a new folder beside the checkpoints of a run is the run's owner's own affair.
     prepare(replace(embedded_settings("tiny", str(tmp_path)), output=str(run / "data")))
