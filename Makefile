@@ -39,5 +39,7 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The environment and caches, which are built again. Runs and data are yours: they are never deleted here.
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build megagamma.egg-info
+	find megagamma tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,12 +6,14 @@
 | 1 | what was checked is not so: checkpoints differ, a task could not be scored, data is missing, a layout is unequal |
 | 2 | the command line, the config, the data or the machine must be fixed: one line on standard error says what |
 | 3 | stopped by the guard: a loss or gradient that is not finite, or a spike, under the policy `stop` |
-| 75 | stopped by SIGTERM, SIGINT or SIGUSR1 after saving a checkpoint: start it again to resume |
+| 75 | stopped by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGXCPU after saving a checkpoint: start it again to resume |
 | 130 | interrupted (Ctrl-C) |
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 import warnings
@@ -37,6 +39,67 @@ def ignore_library_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|deepspeed)\.")
 
 
+class _Console(io.RawIOBase):
+    """A standard stream that drops what cannot be written: its reader is gone, the disk under it full, the terminal closed."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def,override]
+        with contextlib.suppress(OSError):
+            return os.write(self._descriptor, data)
+        return len(data)
+
+
+def keep_console(*names: str) -> None:
+    """From here on no text that this process writes on its console can stop it, or change its exit code.
+
+    Args:
+        names: "stdout", "stderr" or both. A stream that was put in their place, as by a test or a notebook, is left.
+    """
+    for name in names:
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            raw = _Console(stream.fileno())
+            # A character that the terminal's encoding lacks is no reason to stop either.
+            console = io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, "backslashreplace",
+                line_buffering=stream.line_buffering, write_through=stream.write_through,
+            )  # fmt: skip
+            setattr(sys, name, console)
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in place of a standard stream that this process was started without, as by `>&-`.
+
+    Else the next file that is opened gets its number, and what libraries print there is written into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)
+            if null != number:
+                os.close(null)
+        if getattr(sys, name) is None:
+            stream = open(number, "r" if name == "stdin" else "w", closefd=False)  # noqa: SIM115 - for the process
+            setattr(sys, name, stream)
+
+
 def main_guard(function: Callable[[], int | None]) -> int:
     """Run a program: a user's error becomes one line on standard error and its exit code.
 
@@ -45,14 +108,19 @@ def main_guard(function: Callable[[], int | None]) -> int:
     Returns:
         The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
     """
+    open_standard_streams()
+    keep_console("stderr")
     let_waiting_threads_sleep()
     ignore_library_warnings()
     try:
-        return function() or 0
+        code = function() or 0
+        sys.stdout.flush()  # here, and not at exit, where a reader that is gone would be an error
+        return code
     except MegagammaError as error:
         rank = _rank()
         if rank == 0 or error.on_one_rank:
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -71,8 +139,9 @@ def leave(code: int) -> None:
     threads of the communication libraries can put off for good.
     """
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 

@@ -1,8 +1,4 @@
-"""Atomic writes: a file or folder under its final name is complete, or it is not there.
-
-A folder is written under a hidden name beside its place, `.NAME.partial`, and renamed when it is complete. A folder
-that it replaces is set aside as `.NAME.replaced` for the moment of the rename.
-"""
+"""Files written atomically: one under its final name is complete, or it is what it was. Folders: `megagamma.folders`."""
 
 from __future__ import annotations
 
@@ -12,12 +8,13 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.errors import MegagammaError
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -43,21 +40,35 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         encoding = None if "b" in mode else "utf-8"
-        with tempfile.NamedTemporaryFile(
-            mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        name = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+        # Made by `open`, unlike tempfile's, so that the umask decides who may read it.
+        with open(name, mode.replace("w", "x"), encoding=encoding) as file:
+            temporary = name
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        keep_mode(path, temporary)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
         raise MegagammaError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
     finally:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+def keep_mode(old: Path, new: Path) -> None:
+    """Give what takes the place of a file or folder the rights of the old one, where there is one.
+
+    Raises:
+        OSError: the rights cannot be read or given.
+    """
+    try:
+        before = stat.S_IMODE(os.stat(old).st_mode)
+    except FileNotFoundError:
+        return
+    if before != stat.S_IMODE(os.stat(new).st_mode):
+        os.chmod(new, before)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -140,6 +151,27 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None where there is none. Of bytes that are no UTF-8 the character is lost, not the line."""
+    try:
+        values = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step that a line is of, 0 where it names none; None where it cannot be read."""
+    values = _object(line)
+    step = values.get("step", 0) if values is not None else None
+    return step if isinstance(step, int | float) and math.isfinite(step) else None
+
+
+def _write_lines(path: Path, lines: list[bytes]) -> None:
+    with atomic_file(path, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in lines))
+
+
 class JsonLines:
     """A file of JSON objects, one a line, that survives a kill: each line is written whole and flushed."""
 
@@ -150,22 +182,78 @@ class JsonLines:
     def read(self) -> list[dict[str, Any]]:
         """The objects of the file; empty when there is none. A reader may come while a run writes.
 
-        A line that is no JSON object is left out: the last one may be half written, now or since a kill.
+        A line that is no JSON object is left out: the last one may be half written, now or since a kill. A byte that is
+        not UTF-8 spoils the character that it is in, and no other line.
 
         Raises:
             MegagammaError: the file is there and cannot be read.
         """
-        return [values for _, values in self._valid_lines()]
+        return [values for line in self._lines() if (values := _object(line)) is not None]
 
-    def keep_until(self, step: int) -> None:
-        """Drop lines of later steps, and a line that a kill cut off, so that a resumed run repeats nothing.
+    def keep_until(self, step: int) -> int:
+        """Drop lines of later steps, so that a resumed run repeats nothing.
+
+        Lines that cannot be read, as one that a kill cut off, move to `NAME.unreadable.jsonl` beside the file, as they are.
 
         Raises:
             MegagammaError: the file cannot be read or written.
+
+        Returns:
+            How many could not be read.
         """
-        if self.path.exists():
-            kept = [line for line, values in self._valid_lines() if values.get("step", 0) <= step]
-            write_text(self.path, "".join(line + "\n" for line in kept))
+        lines = self._lines()
+        if not lines:
+            return 0
+        kept, unreadable = [], []
+        for line in lines:
+            number = _step_of(line)
+            if number is None:
+                unreadable.append(line)
+            elif number <= step:
+                kept.append(line)
+        if unreadable:
+            archive = self.unreadable_file
+            before = archive.read_bytes() if archive.exists() else b""
+            _write_lines(archive, [before.removesuffix(b"\n"), *unreadable] if before else unreadable)
+        if len(kept) < len(lines) or not self._ends_its_line():
+            _write_lines(self.path, kept)
+        return len(unreadable)
+
+    @property
+    def unreadable_file(self) -> Path:
+        """Where `keep_until` puts lines that cannot be read."""
+        return self.path.with_name(f"{self.path.stem}.unreadable.jsonl")
+
+    def archive(self) -> Path | None:
+        """Give the file another name, `NAME.before-1.jsonl`, if it has a line of a step above 0; returns the new path.
+
+        Raises:
+            MegagammaError: the file cannot be read or renamed.
+        """
+        steps = [_step_of(line) for line in self._lines()]
+        if not any(step is None or step > 0 for step in steps):
+            return None
+        self.close()
+        number = 1
+        while os.path.lexists(new := self.path.with_name(f"{self.path.stem}.before-{number}.jsonl")):
+            number += 1
+        try:
+            self.path.rename(new)
+            sync_folder(new.parent)
+        except OSError as error:
+            raise MegagammaError(f"{self.path}: cannot be renamed ({error.strerror}): {advice(error)}") from error
+        return new
+
+    def is_lost(self) -> bool:
+        """Whether the file is open, and its name leads to another file or to none: what is written has no name."""
+        if self._file is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # a file system that does not answer for a moment
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one object. A number that is not finite becomes null, as JSON has no word for it.
@@ -192,21 +280,16 @@ class JsonLines:
                 self._file.close()
             self._file = None
 
-    def _valid_lines(self) -> list[tuple[str, dict[str, Any]]]:
+    def _lines(self) -> list[bytes]:
+        """The lines that are not empty, without their ends."""
         try:
-            # A cut may go through a character.
-            text = self.path.read_text(encoding="utf-8", errors="replace")
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return []
         except OSError as error:
             raise MegagammaError(f"{self.path}: cannot be read ({error.strerror})") from error
-        valid = []
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(line)
-                if isinstance(values, dict):
-                    valid.append((line, values))
-        return valid
+        # Not splitlines(): a text may hold characters that it takes for ends of lines.
+        return [line for line in content.split(b"\n") if line.strip()]
 
     def _ends_its_line(self) -> bool:
         if not self.path.is_file() or self.path.stat().st_size == 0:
@@ -214,121 +297,3 @@ class JsonLines:
         with open(self.path, "rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
-
-
-def hidden_name(folder: Path, suffix: str) -> Path:
-    """`.NAME.suffix` beside a folder."""
-    return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def publish_directory(partial: Path, final: Path, replace: bool = True) -> None:
-    """Give a complete folder its final name, durably.
-
-    The files must be synced by whoever wrote them. A folder of that name is set aside first: it is put back when the
-    rename fails, and by `recover_directory` after a kill.
-
-    Args:
-        partial: on the same file system as `final`.
-        replace: take the place of a folder that holds something; else only of an empty one.
-
-    Raises:
-        OSError: the disk refuses, or a folder is there that may not be replaced. What was there stays.
-    """
-    for folder, _, _ in os.walk(partial):
-        sync_folder(folder)
-    old = hidden_name(final, "replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if replace and final.exists():
-        final.rename(old)
-    try:
-        partial.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_directory(final: Path) -> None:
-    """Put back a folder that `publish_directory` had set aside when the process was killed."""
-    old = hidden_name(final, "replaced")
-    if old.exists() and not final.exists():
-        old.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_directory(folder: Path) -> None:
-    """Delete a folder so that it is never seen half deleted: it is hidden first.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
-    to_delete = hidden_name(folder, "deleted")
-    folder.rename(to_delete)
-    shutil.rmtree(to_delete, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def directory_lock(output: Path, option: str = "--out", waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold `.NAME.lock` beside a folder, so that one process at a time writes it.
-
-    Args:
-        option: named in the error.
-        waiting: called when another process holds the lock, before waiting for it. None: do not wait.
-
-    Raises:
-        ConfigurationError: another process holds the lock, and `waiting` is None.
-        OSError: the lock's file cannot be written.
-    """
-    import filelock
-
-    path = hidden_name(output, "lock")
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if waiting is None:
-            raise ConfigurationError(
-                f"{option} {output}: another process writes it now: wait, or choose another folder"
-            ) from None
-        waiting()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        if waiting is None:  # a process that waits may have opened the file already, and would lock it in vain
-            path.unlink(missing_ok=True)
-        lock.release()
-
-
-@contextlib.contextmanager
-def atomic_directory(
-    output: Path, option: str = "--out", may_replace: Callable[[Path], bool] | None = None
-) -> Iterator[Path]:
-    """A hidden folder beside `output` to write into, which takes its name when the block ends well.
-
-    After an error nothing is left but what was there before. One process at a time.
-
-    Args:
-        output: folder to write; an empty one of that name is replaced.
-        option: named in errors.
-        may_replace: whether a folder of that name that holds something is replaced too. None: never.
-
-    Raises:
-        MegagammaError: another process writes the same folder, or the disk refuses.
-    """
-    require_writable(output.parent, option)
-    partial = hidden_name(output, "partial")
-    try:
-        with directory_lock(output, option):
-            try:
-                recover_directory(output)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                yield partial
-                publish_directory(partial, output, replace=may_replace is not None and may_replace(output))
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise MegagammaError(f"{output}: cannot be written ({error.strerror or error}): {advice(error)}") from error

@@ -15,7 +15,7 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from megagamma.cli import leave, main_guard
+from megagamma.cli import keep_console, leave, main_guard
 from megagamma.config.io import parse_config
 from megagamma.environment import let_waiting_threads_sleep, world_size
 
@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     let_waiting_threads_sleep()  # before torch is imported
     size = world_size()
     config = parse_config(arguments, program=os.path.basename(sys.argv[0]), world_size=size)
+    # A run is its files: it trains on without a console.
+    keep_console("stdout", "stderr")
     from megagamma.planning.memory import check_fits
 
     check_fits(config, size)

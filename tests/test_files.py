@@ -5,33 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagamma.errors import ConfigurationError, MegagammaError
-from megagamma.files import (
-    advice,
-    atomic_directory,
-    atomic_file,
-    copy_file,
-    directory_lock,
-    publish_directory,
-    recover_directory,
-    remove_directory,
-    require_writable,
-    write_json,
-    write_text,
-)
+from megagamma.errors import MegagammaError
+from megagamma.files import advice, atomic_file, copy_file, require_writable, write_json, write_text
 
 
 def test_text_is_written_into_folders_that_are_not_there_yet(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "note.txt"
     write_text(path, "grüße\n")
     assert path.read_text(encoding="utf-8") == "grüße\n"
-    # Readable by others, unlike the temporary file that it was.
-    assert path.stat().st_mode & 0o777 == 0o644
     assert [entry.name for entry in path.parent.iterdir()] == ["note.txt"]
 
 
@@ -43,17 +31,37 @@ def test_json_is_indented_and_ends_its_line(tmp_path: Path) -> None:
     assert text.count("\n") > 2
 
 
-def test_encoding_does_not_depend_on_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_does_not_depend_on_the_locale(tmp_path: Path) -> None:
     """Under LC_ALL=C a text file's default encoding may be ASCII; config.yaml is read back as UTF-8."""
-    import tempfile
+    code = f"from megagamma.files import write_text; write_text({str(tmp_path / 'note.txt')!r}, chr(252))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert (tmp_path / "note.txt").read_bytes() == "ü".encode()
 
-    given: list[Any] = []
-    real = tempfile.NamedTemporaryFile
-    monkeypatch.setattr(
-        tempfile, "NamedTemporaryFile", lambda *a, **k: given.append(k.get("encoding")) or real(*a, **k)
-    )
-    write_text(tmp_path / "note.txt", "ü")
-    assert given == ["utf-8"]
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_new_files_have_the_rights_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "deep" / "new.txt", "text")
+        (tmp_path / "by_hand").touch()
+        (tmp_path / "folder_by_hand").mkdir()
+    finally:
+        os.umask(before)
+
+    def mode(name: str) -> int:
+        return (tmp_path / name).stat().st_mode & 0o7777
+
+    assert mode("deep/new.txt") == mode("by_hand") == 0o666 & ~umask
+    assert mode("deep") == mode("folder_by_hand")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o640, 0o444])
+def test_a_file_that_is_replaced_keeps_its_rights(tmp_path: Path, mode: int) -> None:
+    write_text(tmp_path / "x", "old")
+    (tmp_path / "x").chmod(mode)
+    write_text(tmp_path / "x", "new")
+    assert ((tmp_path / "x").read_text(), (tmp_path / "x").stat().st_mode & 0o7777) == ("new", mode)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "chmod"])
@@ -62,6 +70,7 @@ def test_failed_write_leaves_the_old_file_and_no_litter(
 ) -> None:
     path = tmp_path / "x.json"
     write_text(path, "old")
+    path.chmod(0o600)  # which is kept
 
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -125,141 +134,3 @@ def test_another_error_than_the_disks_passes_and_leaves_the_old_file(tmp_path: P
         file.write(f"half {1 // 0}")
     assert (tmp_path / "x").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
-
-
-# -- folders ---------------------------------------------------------------------------------------------------------------
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
-
-
-def content(folder: Path) -> str:
-    return (folder / "file").read_text()
-
-
-def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()  # an empty one is taken
-    with atomic_directory(output) as partial:
-        (partial / "deep").mkdir()
-        (partial / "file").write_text("new")
-        assert partial.parent == tmp_path and partial.name == ".out.partial"
-        assert not list(output.iterdir())
-    assert (content(output), names(output), names(tmp_path)) == ("new", ["deep", "file"], ["out"])
-
-
-def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    with atomic_directory(output) as partial:
-        (partial / "file").write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_directory(output, may_replace=lambda _: True) as partial:
-        (partial / "file").write_text(f"half {1 // 0}")
-    assert (content(output), names(tmp_path)) == ("old", ["out"])
-    with pytest.raises(MegagammaError, match=r"out: cannot be written \(No space left"), atomic_directory(output):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert (content(output), names(tmp_path)) == ("old", ["out"])
-
-
-def test_only_what_may_be_replaced_is_replaced(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "file").write_text("precious")
-    asked: list[Path] = []
-    for may_replace in (None, lambda folder: bool(asked.append(folder))):
-        with pytest.raises(MegagammaError, match="not empty"), atomic_directory(output, may_replace=may_replace) as new:
-            (new / "file").write_text("new")
-        assert (content(output), names(tmp_path)) == ("precious", ["out"])
-    assert asked == [output]
-    with atomic_directory(output, may_replace=lambda folder: content(folder) == "precious") as new:
-        (new / "file").write_text("new")
-    assert (content(output), names(tmp_path)) == ("new", ["out"])
-
-
-def test_two_writers_of_one_folder(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    with atomic_directory(output) as partial:
-        (partial / "file").write_text("first")
-        with (
-            pytest.raises(ConfigurationError, match=r"--out .*another process writes it now"),
-            atomic_directory(output),
-        ):
-            pass
-        with pytest.raises(ConfigurationError, match=r"--save .*another process"), directory_lock(output, "--save"):
-            pass
-        assert content(partial) == "first", "the second writer touches nothing"
-    assert content(output) == "first"
-    with directory_lock(output):
-        assert names(tmp_path) == [".out.lock", "out"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_writer_that_waits(tmp_path: Path) -> None:
-    import threading
-
-    output, waiting, order = tmp_path / "out", threading.Event(), []
-
-    def second() -> None:
-        with directory_lock(output, waiting=waiting.set):
-            order.append("second")
-
-    with directory_lock(output, waiting=lambda: order.append("never")):
-        thread = threading.Thread(target=second)
-        thread.start()
-        assert waiting.wait(30)
-        order.append("first")
-    thread.join(30)
-    assert order == ["first", "second"]
-
-
-def test_a_kill_between_the_two_renames_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state that a kill leaves: the old folder set aside, the new one not there yet."""
-    output = tmp_path / "out"
-    for name, text in ((".out.replaced", "old"), (".out.partial", "complete")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(text)
-    with pytest.raises(ZeroDivisionError), atomic_directory(output):
-        raise ZeroDivisionError
-    assert (content(output), names(tmp_path)) == ("old", ["out"])
-    # After the second rename the old one is only left over.
-    (tmp_path / ".out.replaced").mkdir()
-    recover_directory(output)
-    assert (content(output), names(tmp_path)) == ("old", ["out"])
-    # And without a kill, when the second rename fails.
-    (tmp_path / ".out.partial").mkdir()
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if self.name.endswith(".partial"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"):
-        publish_directory(tmp_path / ".out.partial", output)
-    assert content(output) == "old" and not (tmp_path / ".out.replaced").exists()
-
-
-def test_every_folder_is_synced_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megagamma import files
-
-    synced: list[tuple[str, bool]] = []
-    final, partial = tmp_path / "final", tmp_path / ".final.partial"
-    (partial / "deep").mkdir(parents=True)
-    monkeypatch.setattr(files, "sync_folder", lambda folder: synced.append((Path(folder).name, final.exists())))
-    publish_directory(partial, final)
-    assert synced == [(".final.partial", False), ("deep", False), (tmp_path.name, True)]
-
-
-def test_a_folder_is_hidden_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    folder, seen = tmp_path / "step", []
-    folder.mkdir()
-    (folder / "file").touch()
-    real = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **more: seen.append(names(tmp_path)) or real(path, **more))
-    remove_directory(folder)
-    assert seen == [[".step.deleted"]] and not names(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        remove_directory(folder)

@@ -44,6 +44,29 @@ def test_line_that_a_kill_cut_off_is_dropped(tmp_path: Path, tail: str) -> None:
     assert lines(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.5}]
 
 
+BAD_LINES = [
+    b"\xff\xfe\x00", b'{"step": 2, "text": ', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b'{"step": "two"}', b"5",
+    b'{"step": null}', b"\0\0\0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda line: repr(line[:12]))
+def test_a_line_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path, bad: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    # \x85 and \u2028 end a line for str.splitlines, and are text here.
+    good = [b'{"step": 1, "text": "a\xc2\x85b\xe2\x80\xa8c"}', b'{"step": 2, "text": "\xff"}']
+    path.write_bytes(good[0] + b"\n" + bad + b"\n" + good[1] + b'\n{"step": 9}\n')
+    assert [line["step"] for line in JsonLines(path).read() if isinstance(line["step"], int)] == [1, 2, 9]
+    for _ in range(2):
+        JsonLines(path).keep_until(2)
+        assert path.read_bytes() == b"\n".join([*good, b""]), "as it was, to the byte"
+    # What could not be read is beside it, once for each time.
+    assert JsonLines(path).unreadable_file.read_bytes() == bad + b"\n"
+    path.write_bytes(bad)
+    assert JsonLines(path).keep_until(2) == 1
+    assert JsonLines(path).unreadable_file.read_bytes() == (bad + b"\n") * 2
+
+
 @pytest.mark.parametrize("tail", ["5", "null", "[1]"])
 def test_line_that_is_no_object_is_dropped(tmp_path: Path, tail: str) -> None:
     path = tmp_path / "metrics.jsonl"

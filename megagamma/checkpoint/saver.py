@@ -13,9 +13,10 @@ ranks that ZeRO has partitioned it over and the tensor-parallel ranks that it is
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import KINDS
 from megagamma.errors import CheckpointError
-from megagamma.files import advice, publish_directory, recover_directory, remove_directory, write_json
+from megagamma.files import advice, write_json
+from megagamma.folders import finish_removal, publish_directory, recover_directory, remove_directory
 from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
+from megagamma.owned import enumerated, strangers
 
 
 @dataclass(frozen=True)
@@ -266,23 +269,50 @@ def _explained(action: Any, path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
 
 
-def prune(root: Path, keep_last: int, permanent: set[int]) -> list[int]:
-    """Delete the oldest checkpoints that are neither permanent nor among the newest `keep_last` (0: keep all)."""
+def prune(root: Path, keep_last: int, permanent: set[int], warn: Callable[[int, str], None] | None = None) -> list[int]:
+    """Delete the oldest checkpoints that are neither permanent nor among the newest `keep_last` (0: keep all).
+
+    Args:
+        warn: told the step, and why, of a checkpoint that stays because it holds what this tool did not write.
+
+    Returns:
+        The steps that were deleted.
+    """
     if keep_last == 0:
         return []
-    removable = [step for step in steps_saved(root) if step not in permanent][:-keep_last]
-    for step in removable:
-        remove_directory(root / folder_name(step))
-    return removable
+    deleted = []
+    for step in [step for step in steps_saved(root) if step not in permanent][:-keep_last]:
+        folder = root / folder_name(step)
+        found = strangers(folder, strict=True)
+        if found and warn is not None:
+            warn(
+                step,
+                f"{folder} is kept beyond checkpoint.keep_last={keep_last}: it holds {enumerated(found)}, not as this run "
+                "wrote it: move it away, or delete the checkpoint yourself",
+            )
+        if found:
+            continue
+        remove_directory(folder)
+        deleted.append(step)
+    return deleted
+
+
+_HIDDEN_NAME = re.compile(r"\.(step_\d{8})\.(partial|replaced|deleted)")
 
 
 def clean_up(root: Path) -> None:
     """Put in order what a run that was killed while saving left: a checkpoint that was set aside comes back, and what is
-    unfinished goes."""
-    for aside in root.glob(".step_*.replaced"):
-        recover_directory(root / aside.name.removeprefix(".").removesuffix(".replaced"))
-    for unfinished in root.glob(".step_*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished goes. Only under the names that saving and pruning give."""
+    for hidden in sorted(root.glob(".step_*")):
+        name = _HIDDEN_NAME.fullmatch(hidden.name)
+        if name is None:
+            continue
+        if name.group(2) == "replaced":
+            recover_directory(root / name.group(1))
+        elif name.group(2) == "deleted":
+            finish_removal(root / name.group(1))
+        else:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, list[str]] | None:

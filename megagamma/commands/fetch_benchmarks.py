@@ -23,7 +23,9 @@ import yaml
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.evaluation.mirror import HEADER, VARIABLE, folder_of, header, holds
 from megagamma.evaluation.tasks import TaskRequest, dataset_configs, plan
-from megagamma.files import advice, hidden_name, publish_directory, recover_directory, require_writable
+from megagamma.files import advice, require_writable
+from megagamma.folders import directory_lock, hidden_name, publish_directory, recover_directory
+from megagamma.owned import list_own_files
 
 # Data, and the README whose header names the configs. Loading scripts are left out: `datasets` runs none any more.
 PATTERNS = [
@@ -59,36 +61,46 @@ def fetch(name: str, configs: list[str | None], root: Path, revision: str | None
     Raises:
         EvaluationError: the hub cannot be reached or does not have it.
     """
-    from huggingface_hub import snapshot_download
-
     final = folder_of(root, name)
-    recover_directory(final)
     partial = hidden_name(final, "partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_dir": str(partial)}
-        snapshot_download(name, allow_patterns=["README.md"], **options)
-        known = header(partial / "README.md")
-        kept = [config for config in known if config in configs or (final.exists() and holds(root, name, config))]
-        whole = not known or any(config not in known for config in configs)
-        files = PATTERNS if whole else [pattern for config in kept for pattern in known[config]]
-        snapshot_download(name, allow_patterns=["README.md", *files], **options)
-        if not whole:
-            keep_configs(partial / "README.md", kept)
-        # The hub's own notes about the download.
-        shutil.rmtree(partial / ".cache", ignore_errors=True)
-        size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        if not any(path.is_file() and path.name != "README.md" for path in partial.rglob("*")):
-            raise EvaluationError(f"{name}: its repository holds no data files: it may need a loading script")
-        publish_directory(partial, final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with directory_lock(final, "--mirror", waiting=lambda: print(f"  waiting for another process: {final}")):
+            recover_directory(final)
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                return _download(name, configs, root, revision, partial)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except (OSError, ValueError) as error:
         # Of the hub: no network, offline by the environment, no such repository, or one that needs a login.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         hint = advice(error) if isinstance(error, OSError) and error.errno else "needs a network and, for some, a login"
         raise EvaluationError(f"{name} cannot be had from the Hugging Face hub ({reason}): {hint}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _download(name: str, configs: list[str | None], root: Path, revision: str | None, partial: Path) -> int:
+    """Fill the hidden folder and give it its name; returns the bytes fetched."""
+    from huggingface_hub import snapshot_download
+
+    final = folder_of(root, name)
+    partial.mkdir()
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_dir": str(partial)}
+    snapshot_download(name, allow_patterns=["README.md"], **options)
+    known = header(partial / "README.md")
+    kept = [config for config in known if config in configs or (final.exists() and holds(root, name, config))]
+    whole = not known or any(config not in known for config in configs)
+    files = PATTERNS if whole else [pattern for config in kept for pattern in known[config]]
+    snapshot_download(name, allow_patterns=["README.md", *files], **options)
+    if not whole:
+        keep_configs(partial / "README.md", kept)
+    # The hub's own notes about the download.
+    shutil.rmtree(partial / ".cache", ignore_errors=True)
+    size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    if not any(path.is_file() and path.name != "README.md" for path in partial.rglob("*")):
+        raise EvaluationError(f"{name}: its repository holds no data files: it may need a loading script")
+    list_own_files(partial)
+    publish_directory(partial, final)
     return size
 
 

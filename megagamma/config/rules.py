@@ -238,6 +238,38 @@ def _check_data(config: Config) -> None:
             )
 
 
+# Of Linux' file systems; inside a run's folder names go on for up to 100 bytes more.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096 - 100
+
+
+def _bytes(name: str) -> int:
+    return len(name.encode("utf-8", "surrogatepass"))
+
+
+def _check_folder(config: Config) -> None:
+    """The run's name and folder, as far as they can be judged without looking at the disk."""
+    name, folder = config.run.name, config.run.folder
+    shown = ascii(name if len(name) <= 40 else name[:40] + "...")
+    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
+        raise ConfigurationError(
+            f"run.name={shown} must be a plain name, without / or control characters: use letters, digits, - and _, and "
+            "give the place by run.folder"
+        )
+    if _bytes(name) > _LONGEST_NAME:
+        raise ConfigurationError(
+            f"run.name={shown} has {_bytes(name)} bytes, a file name has at most {_LONGEST_NAME}: use a shorter one"
+        )
+    shown = ascii(folder if len(folder) <= 60 else folder[:60] + "...")
+    if not folder.strip() or "\0" in folder:
+        raise ConfigurationError(f"run.folder={shown} must be the path of a folder: use one such as runs/{name}")
+    longest = max(_bytes(part) for part in folder.split("/"))
+    if longest > _LONGEST_NAME or _bytes(folder) > _LONGEST_PATH:
+        raise ConfigurationError(
+            f"run.folder={shown} has {_bytes(folder)} bytes and a name of {longest}; a path has at most "
+            f"{_LONGEST_PATH} here and a file name {_LONGEST_NAME}: use a shorter one"
+        )
+
+
 def check_options(config: Config) -> None:
     """Check every rule that does not depend on the number of processes.
 
@@ -248,6 +280,7 @@ def check_options(config: Config) -> None:
         raise ConfigurationError(
             f"run.steps={config.run.steps} and run.tokens={config.run.tokens:g}: give one of them, not both"
         )
+    _check_folder(config)
     _check_bounds(config)
     _check_schedule(config)
     _check_model(config)

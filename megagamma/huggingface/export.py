@@ -18,7 +18,8 @@ from megagamma.config.schema import Config
 from megagamma.data.preparation.prepare import embedded_settings
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import CheckpointError, ConfigurationError, MegagammaError
-from megagamma.files import advice, atomic_directory, copy_file, write_json, write_text
+from megagamma.files import advice, copy_file, write_json, write_text
+from megagamma.folders import atomic_directory, recover_at_start
 from megagamma.huggingface.card import model_card
 from megagamma.huggingface.formats import (
     Exported,
@@ -32,6 +33,7 @@ from megagamma.huggingface.importing import INDEX
 from megagamma.huggingface.native import ParityInputs, ParityOutputs, run_in_subprocess
 from megagamma.huggingface.parity import TOLERANCE, ParityError, compare, free_memory, needed_bytes, sampled_layers
 from megagamma.huggingface.provenance import (
+    CARRIED,
     check_destination,
     checkpoint_provenance,
     export_hash,
@@ -223,6 +225,7 @@ def export(
         MegagammaError: the checkpoint, the tokenizer or the disk is at fault; ParityError: the exported model differs.
             Nothing is left then but what was there before.
     """
+    recover_at_start(output)
     reader, config = read_checkpoint(checkpoint)
     target = choose_format(config.model, options.hf_class, options.custom_code)
     tokenizer = find_tokenizer(checkpoint, config, reader.manifest["tokenizer"], options.tokenizer)
@@ -243,7 +246,7 @@ def export(
     verify_weights(reader)
     if tokenizer is None and options.tokenizer is None:
         say("NOTE: this model came without a tokenizer: none is written; give one with --tokenizer")
-    with atomic_directory(output, may_replace=is_export) as partial:
+    with atomic_directory(output, may_replace=is_export, carried=CARRIED) as partial:
         write_weights(partial, reader, config, target, options, quiet)
         write_json(partial / "config.json", values)
         write_json(

@@ -17,9 +17,11 @@ from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, DataConfig, RunConfig
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
-from megagamma.files import atomic_directory, copy_file, read_json, write_json
+from megagamma.files import copy_file, read_json, write_json
+from megagamma.folders import atomic_directory, recover_at_start
 from megagamma.huggingface.formats import Format, exported_tensors, import_config, import_tensor
 from megagamma.model.parameters import LogicalParameter, logical_parameters
+from megagamma.owned import require_place
 
 INDEX = "model.safetensors.index.json"
 
@@ -132,8 +134,10 @@ def import_model(
     Returns:
         The checkpoint's folder.
     """
+    recover_at_start(output)
     if output.exists():
         raise ConfigurationError(f"--out {output} exists already: choose another folder")
+    require_place(output, f"--out {output}", itself=(), around=("run",))
     if vocab_size_multiple < 1:
         raise ConfigurationError(f"--vocab_size_multiple {vocab_size_multiple}: must be 1 or more")
     values = read_json(folder / "config.json")

@@ -15,7 +15,11 @@ from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import read_json
 from megagamma.huggingface.formats import Exported
 from megagamma.huggingface.importing import HuggingFaceWeights
+from megagamma.owned import require_own, require_place
 from megagamma.planning.flops import parameter_counts
+
+CARRIED = ("eval",)
+"""Folders inside an exported model that outlive a new conversion: the scores that scoring it writes there."""
 
 
 def weights_hash(reader: CheckpointReader) -> str:
@@ -113,6 +117,9 @@ def check_destination(output: Path, source: Path, overwrite: bool, option: str =
     """
     if source.resolve().is_relative_to(output.resolve()):
         raise ConfigurationError(f"{option} {output}: holds the checkpoint {source} itself: choose another folder")
+    # Where a checkpoint alone, outside a run, is converted by default.
+    if output.resolve() != source.resolve() / "hf" / source.resolve().name:
+        require_place(output, f"{option} {output}", itself=("exported model",), around=("run",))
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output.is_dir() and is_export(output)):
@@ -122,3 +129,4 @@ def check_destination(output: Path, source: Path, overwrite: bool, option: str =
         raise ConfigurationError(
             f"{option} {output}: holds another export: use --overwrite to replace it, or another folder"
         )
+    require_own(output, f"{option} {output}", CARRIED)

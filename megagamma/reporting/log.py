@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.config.schema import LoggingConfig
+from megagamma.files import JsonLines
 from megagamma.runs.folder import RunFolder
 
 
@@ -69,17 +70,53 @@ class Reporter:
     """Writes a run's numbers from rank 0; on other ranks it does nothing."""
 
     def __init__(
-        self, folder: Path, logging: LoggingConfig, name: str, config: dict[str, Any], is_main: bool, start_step: int
+        self,
+        folder: Path,
+        logging: LoggingConfig,
+        name: str,
+        config: dict[str, Any],
+        is_main: bool,
+        start_step: int | None,
     ) -> None:
-        """Args: start_step: lines of later steps, from before a resume, are dropped."""
+        """Args: start_step: of the checkpoint that is resumed: lines of later steps are dropped. None: there is none."""
         self.is_main, self.logging = is_main, logging
         if not is_main:
             return
         run = RunFolder(folder)
+        self.folder = run
+        run.has_moved()  # from here on
         self.metrics, self.events, self.samples = run.metrics(), run.events(), run.samples()
-        self.metrics.keep_until(start_step)
-        self.samples.keep_until(start_step)
+        for file in (self.metrics, self.samples):
+            self._trim(file, start_step)
         self.wandb = WandbMirror(logging, name, folder, config)
+
+    def _trim(self, file: JsonLines, start_step: int | None) -> None:
+        """Drop a file's lines of later steps, which will be written again. Nothing goes without a word."""
+        archive = file.archive() if start_step is None else None
+        if archive is not None:
+            self.warn(
+                f"{file.path} has steps, and there is no checkpoint to resume from: the run starts at step 0, and they are "
+                f"kept in {archive.name}"
+            )
+        unreadable = file.keep_until(start_step or 0)
+        if unreadable:
+            self.warn(
+                f"{file.path}: lines that cannot be read: {unreadable}; kept as they are in {file.unreadable_file.name}"
+            )
+
+    def lost(self) -> str:
+        """What has become of the run's folder or of a file in it that is written now, as text; empty if nothing.
+
+        Somebody may delete or rename them while the run trains: what is written then has no name, or lies elsewhere.
+        """
+        if not self.is_main:
+            return ""
+        if self.folder.has_moved():
+            return f"run.folder={self.folder.path}: the folder was deleted or renamed while the run trained in it"
+        for file in (self.metrics, self.events, self.samples):
+            if file.is_lost():
+                return f"run.folder={self.folder.path}: {file.path.name} was deleted or replaced while the run wrote it"
+        return ""
 
     def print(self, text: str) -> None:
         """Print on the console."""

@@ -4,7 +4,8 @@
     resolved.json      what it became: device, dtype, ZeRO stage, parallel sizes, DeepSpeed's values
     provenance.json    versions, source, command, hosts
     init_report.json   target and measured std of every matrix
-    metrics.jsonl      numbers of the steps
+    metrics.jsonl      numbers of the steps; metrics.before-1.jsonl: of an earlier start, whose checkpoints are gone;
+                       metrics.unreadable.jsonl: lines that could not be read at a resume
     events.jsonl       what happened: starts, warnings, checkpoints
     samples.jsonl      texts that the model wrote
     tokenizer.model    the tokenizer of the data
@@ -18,6 +19,7 @@ Readers never take the lock: each file is complete whenever it is there, and lin
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +92,7 @@ class RunFolder:
         self.exports = self.path / "hf"
         self.evaluations = self.path / "eval"
         self.lock_file = self.path / ".lock"
+        self._place: tuple[int, int] | None = None
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> RunFolder | None:
@@ -97,6 +100,17 @@ class RunFolder:
         path = checkpoint.resolve()
         in_run = path.parent.name in ("checkpoints", "hf") and is_run(path.parent.parent)
         return cls(path.parent.parent) if in_run else None
+
+    def has_moved(self) -> bool:
+        """Whether the name leads to another folder, or to none, than when this was asked first."""
+        try:
+            state = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # a file system that does not answer for a moment
+        self._place = self._place or (state.st_dev, state.st_ino)
+        return self._place != (state.st_dev, state.st_ino)
 
     @property
     def name(self) -> str:

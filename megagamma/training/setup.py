@@ -33,6 +33,7 @@ from megagamma.initialization.report import (
 )
 from megagamma.model.initialize import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
+from megagamma.owned import require_place
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
 from megagamma.runs.folder import RunFolder
@@ -94,6 +95,7 @@ def _check_folder(config: Config) -> None:
         ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
     """
     run, mode = RunFolder(config.run.folder), config.run.resume
+    require_place(run.path, f"run.folder={run.path}", itself=("run",), around=("run",))
     if mode == "never" and run.holds_steps:
         raise ConfigurationError(
             f"run.folder={run.path} holds a run already, and run.resume=never: choose another folder, or --run.resume auto"
@@ -210,7 +212,8 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     elif dtype != torch.float32:
         refine_masters(engine, config)
     origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
-    reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, step)
+    start_step = None if resume is None else step
+    reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, start_step)
     session = Session(config, runtime, data, engine, reporter, folder, lock, total_steps(config), step)
     if resume is not None:
         session.consumed, session.seconds = manifest["consumed_samples"], manifest["seconds"]

@@ -8,19 +8,25 @@ from types import FrameType
 
 
 class StopSignals:
-    """Remembers SIGTERM, SIGINT and SIGUSR1; the loop asks between steps.
+    """Remembers SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGXCPU; the loop asks between steps.
 
-    A second signal of a kind other than SIGUSR1 leaves at once, without a checkpoint.
+    A second signal that is SIGTERM or SIGINT leaves at once, without a checkpoint. The others come more than once by
+    themselves: from schedulers, from a terminal that closes, and each second beyond a limit of CPU time. A SIGHUP that was
+    ignored at the start, as under nohup, stays ignored.
     """
 
-    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+    hurried = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._before = {number: signal.signal(number, self._receive) for number in self.watched}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self._before = {
+            number: signal.signal(number, self._receive) for number in self.watched if number not in ignored
+        }
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None and number != signal.SIGUSR1:
+        if self.received is not None and number in self.hurried:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import assert_same_training
+from support.processes import snapshot
 from support.ranks import RankError, RankPool
 from support.train import run_trainer
 
 from megagamma.checkpoint.reader import CheckpointReader, read_manifest, steps_saved, verify
+from megagamma.checkpoint.safetensors_writer import checksum
 from megagamma.checkpoint.saver import clean_up, prune
 from megagamma.errors import CheckpointError
 
@@ -258,10 +261,63 @@ def test_a_checkpoint_loads_in_another_precision(
 def test_a_checkpoint_that_was_set_aside_comes_back(tmp_path: Path) -> None:
     """A kill between the two renames of publishing a step again leaves it under a hidden name."""
     root = tmp_path / "checkpoints"
-    for name in (".step_00000002.replaced", ".step_00000002.partial", ".step_00000003.replaced", "step_00000003"):
-        (root / name).mkdir(parents=True)
-        (root / name / "checkpoint.json").write_text(name)
+    hidden = [".step_00000002.replaced", ".step_00000002.partial", ".step_00000003.replaced", ".step_00000004.deleted"]
+    for name in (*hidden, "step_00000003"):
+        small_checkpoint(root / name, note=name)
     clean_up(root)
     assert sorted(path.name for path in root.iterdir()) == ["step_00000002", "step_00000003"]
-    assert (root / "step_00000002" / "checkpoint.json").read_text() == ".step_00000002.replaced"
-    assert (root / "step_00000003" / "checkpoint.json").read_text() == "step_00000003"
+    assert json.loads((root / "step_00000002" / "checkpoint.json").read_text())["note"] == ".step_00000002.replaced"
+    assert json.loads((root / "step_00000003" / "checkpoint.json").read_text())["note"] == "step_00000003"
+
+
+def small_checkpoint(folder: Path, **more: Any) -> Path:
+    """What deletion looks at: a file of numbers, and the manifest that lists it."""
+    folder.mkdir(parents=True)
+    weights = folder / "weight-00000.safetensors"
+    weights.write_bytes(folder.name.encode())
+    entry = {"file": weights.name, "kind": "weight", "bytes": weights.stat().st_size, "xxh3_128": checksum(weights)}
+    values = {"format": "megagamma checkpoint", "version": 2, "files": [entry], **more}
+    (folder / "checkpoint.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_pruning_leaves_what_this_tool_did_not_write(tmp_path: Path) -> None:
+    """An export put inside a checkpoint, notes, edited weights, a link: the checkpoint stays, and is named once asked."""
+    for step in range(1, 9):
+        small_checkpoint(tmp_path / f"step_{step:08d}")
+    (tmp_path / "step_00000002" / "hf").mkdir()
+    (tmp_path / "step_00000002" / "hf" / "model.safetensors").write_text("export")
+    (tmp_path / "step_00000003" / "notes.txt").write_text("mine")
+    (tmp_path / "step_00000004" / "weight-00000.safetensors").write_text("step_00000005")
+    (tmp_path / "step_00000005").rename(tmp_path / "elsewhere")
+    (tmp_path / "step_00000005").symlink_to(tmp_path / "elsewhere")
+    before, said = snapshot(tmp_path), {}
+    assert prune(tmp_path, 2, set(), said.__setitem__) == [1, 6]
+    assert {step: text.split(" it holds ")[1].split(", not as")[0] for step, text in said.items()} == {
+        2: "hf/model.safetensors", 3: "notes.txt", 4: "weight-00000.safetensors (changed)", 5: ".",
+    }  # fmt: skip
+    assert "step_00000003 is kept beyond checkpoint.keep_last=2" in said[3]
+    after = snapshot(tmp_path)
+    assert {name for name in before if name not in after} == {
+        f"step_0000000{step}/{name}" for step in (1, 6) for name in ("checkpoint.json", "weight-00000.safetensors")
+    }
+    assert all(after[name] == before[name] for name in after)
+
+
+def test_a_copied_checkpoint_is_known_by_its_checksums(tmp_path: Path) -> None:
+    """A copy has later times than its manifest: its files are read, and are this tool's own."""
+    small_checkpoint(tmp_path / "there" / "step_00000001")
+    for step in (1, 2):
+        shutil.copytree(tmp_path / "there" / "step_00000001", tmp_path / "root" / f"step_{step:08d}")
+        os.utime(tmp_path / "root" / f"step_{step:08d}" / "checkpoint.json", (1, 1))
+    assert prune(tmp_path / "root", 1, set()) == [1]
+    assert steps_saved(tmp_path / "root") == [2]
+
+
+def test_only_hidden_folders_of_saving_are_cleaned_up(tmp_path: Path) -> None:
+    names = [".step_by_step", ".step_00000001", ".step_1.partial", ".step_00000001.mine", ".step_00000001.partial.old"]
+    for name in (*names, ".step_00000001.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+    clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)

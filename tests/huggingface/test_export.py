@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.exports import TIED, VARIANTS, save_model
+from support.processes import snapshot
 from support.ranks import RankPool
 
 from megagamma.checkpoint.reader import read_manifest, verify
@@ -21,6 +22,7 @@ from megagamma.huggingface.export import ExportOptions, export, plan_shards, rea
 from megagamma.huggingface.formats import FORMATS, Exported
 from megagamma.huggingface.native import ParityInputs, ParityOutputs, parity_outputs, run_in_subprocess
 from megagamma.huggingface.parity import ParityError, exported_model
+from megagamma.owned import LIST, strangers
 
 Native = Callable[[ParityInputs], ParityOutputs]
 
@@ -323,6 +325,68 @@ def test_what_is_not_proven_is_made_again(tmp_path: Path, native: Native, saved:
     found = json.loads((output / "parity.json").read_text())
     assert found["tolerance"] == 1e-4 and found["compared"] == "whole model"
     assert load_file(weights)
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["stricter proof", "overwrite"])
+def test_what_the_user_keeps_in_an_export_stays(tmp_path: Path, native: Native, saved: Saved, overwrite: bool) -> None:
+    """Notes and an edited card are named; scores that our own scoring wrote move to the new folder."""
+    output = tmp_path / "hf"
+    export(saved("plain"), output, ExportOptions(parity="layers"), native=native, quiet=True, say=lambda _: None)
+    checkpoint = saved("plain", tied=True) if overwrite else saved("plain")
+    options = ExportOptions(parity="full", overwrite=overwrite)
+    (output / "eval").mkdir()
+    (output / "eval" / "scores.json").write_text("{}")
+    card = (output / "README.md").read_text()
+    (output / "README.md").write_text(card + "Mine.\n")
+    (output / "notes.txt").write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        ConfigurationError, match=r"holds README\.md \(changed\), notes\.txt, not as this tool wrote it"
+    ):
+        export(checkpoint, output, options, native=native, quiet=True, say=lambda _: None)
+    assert snapshot(tmp_path) == before
+    (output / "README.md").write_text(card)
+    (output / "notes.txt").unlink()
+    export(checkpoint, output, options, native=native, quiet=True, say=lambda _: None)
+    assert ("lm_head.weight" in load_file(output / "model.safetensors")) is not overwrite
+    assert json.loads((output / "parity.json").read_text())["compared"] == "whole model"
+    assert (output / "eval" / "scores.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_of_before_is_known_by_its_names(tmp_path: Path, native: Native, saved: Saved) -> None:
+    output = tmp_path / "hf"
+    export(saved("plain"), output, ExportOptions(), native=native, quiet=True, say=lambda _: None)
+    (output / LIST).unlink()
+    assert not strangers(output)
+    (output / "notes.txt").touch()
+    assert [str(found) for found in strangers(output)] == ["notes.txt"]
+
+
+def test_a_place_that_belongs_to_something_else_is_refused(tmp_path: Path, native: Native, saved: Saved) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(saved("plain").parent.parent, run)
+    checkpoint = run / "checkpoints" / "step_00000007"
+    alone = tmp_path / "step_00000007"
+    shutil.copytree(checkpoint, alone)
+    before = snapshot(tmp_path)
+    for output, owner in [
+        (run / "checkpoints" / "step_00000099", "lies in the checkpoints of a run"),
+        (checkpoint / "hf", "lies in the checkpoint"),
+        (alone, "is the checkpoint"),
+        (tmp_path / "link", "lies in the checkpoints of a run"),
+    ]:
+        if output.name == "link":
+            output.symlink_to(run / "checkpoints" / "step_00000099")
+        with pytest.raises(ConfigurationError, match=f"--out .*: {owner}.*choose another folder"):
+            export(checkpoint, output, ExportOptions(overwrite=True), native=native)
+    assert snapshot(tmp_path) == before
+    # Negative controls: where exports of a run go, and those of a checkpoint outside one.
+    options = ExportOptions(tokenizer="none")
+    export(checkpoint, run / "hf" / "step_00000007", options, native=native, quiet=True, say=lambda _: None)
+    export(alone, alone / "hf" / "step_00000007", options, native=native, quiet=True, say=lambda _: None)
 
 
 def test_nothing_but_an_export_is_replaced(tmp_path: Path, native: Native, saved: Saved) -> None:

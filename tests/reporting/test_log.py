@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,67 @@ def test_reporter_records_and_prints_when_told(tmp_path: Path, capsys: pytest.Ca
     assert [line.split()[1] for line in said.out.splitlines() if line.startswith("step")] == ["1/10", "3/10"]
     assert "sample at step 3: 'The end'" in said.out
     assert said.err == "WARNING mind this\n"
+
+
+def reporter_of(folder: Path, start_step: int | None) -> Reporter:
+    return Reporter(folder, LoggingConfig(wandb="disabled"), "run", {}, is_main=True, start_step=start_step)
+
+
+def test_steps_without_a_checkpoint_are_archived_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All checkpoints are gone: the run begins anew, and its former numbers stay beside."""
+    for number in (1, 2):
+        reporter = reporter_of(tmp_path, None)
+        reporter.step({**VALUES, "step": 1, "loss": float(number)}, 10, console=False, record=True)
+        reporter.sample(1, "The ", f"end {number}")
+        reporter.close()
+    reporter_of(tmp_path, None).close()
+    assert [lines(tmp_path / f"metrics.before-{number}.jsonl")[0]["loss"] for number in (1, 2)] == [1.0, 2.0]
+    assert lines(tmp_path / "samples.before-2.jsonl")[0]["text"] == "end 2"
+    assert not (tmp_path / "metrics.jsonl").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and "metrics.jsonl has steps, and there is no checkpoint to resume from" in said[0]
+    assert "kept in metrics.before-2.jsonl" in said[2]
+    assert ["WARNING " + line["text"] for line in lines(tmp_path / "events.jsonl")] == said
+
+
+def test_a_resume_from_step_0_archives_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Negative control: there is a checkpoint, and later steps are made again from it."""
+    reporter = reporter_of(tmp_path, None)
+    reporter.step({**VALUES, "step": 1}, 10, console=False, record=True)
+    reporter.close()
+    reporter_of(tmp_path, 0).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_that_cannot_be_read_are_kept_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "note": "\xff"}\n\xff\xfe\n{"step": 3}\n')
+    reporter_of(tmp_path, 3).close()
+    assert [line["step"] for line in reporter_of(tmp_path, 3).metrics.read()] == [1, 2, 3]
+    assert (tmp_path / "metrics.unreadable.jsonl").read_bytes() == b"\xff\xfe\n"
+    assert "lines that cannot be read: 1; kept as they are in metrics.unreadable.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["deleted", "renamed", "renamed and made anew", "file deleted", "file replaced"])
+def test_a_folder_that_is_lost_is_noticed(tmp_path: Path, fault: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    reporter = reporter_of(folder, None)
+    reporter.step(VALUES, 10, console=False, record=True)
+    assert reporter.lost() == ""
+    if fault == "deleted":
+        shutil.rmtree(folder)
+    elif fault.startswith("file"):
+        (folder / "metrics.jsonl").unlink()
+    else:
+        folder.rename(tmp_path / "elsewhere")
+    if fault == "renamed and made anew":
+        folder.mkdir()
+    if fault == "file replaced":
+        (folder / "metrics.jsonl").touch()
+    what = "metrics.jsonl was deleted or replaced" if fault.startswith("file") else "the folder was deleted or renamed"
+    assert what in reporter.lost()
+    reporter.close()
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,13 @@ def test_sigterm_to_the_command_line(tmp_path: Path, data_cache: str, one_rank: 
 # SIGTERM reaches the command line above, SIGUSR1 one of two ranks below.
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1))],
+    [
+        signal.SIGINT,
+        *(
+            pytest.param(number, marks=pytest.mark.slow)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+        ),
+    ],
 )
 def test_signal(
     tmp_path: Path, data_cache: str, one_rank: RankPool, whole: list[float], number: signal.Signals
@@ -109,6 +115,10 @@ def test_finished_run_is_left_alone(tmp_path: Path, data_cache: str, one_rank: R
         # Who asks twice does not want to wait for the checkpoint.
         (["SIGTERM", "SIGTERM"], 143, None),
         (["SIGINT", "SIGINT"], 130, None),
+        # A terminal that closes sends it twice; a limit of CPU time does each second.
+        (["SIGHUP", "SIGHUP", "SIGXCPU", "SIGXCPU"], 0, "SIGXCPU"),
+        (["SIGTERM", "SIGHUP"], 0, "SIGHUP"),
+        (["SIGHUP", "SIGTERM"], 143, None),
     ],
 )
 def test_second_signal_leaves_at_once(sent: list[str], code: int, said: str | None) -> None:
@@ -120,3 +130,29 @@ def test_second_signal_leaves_at_once(sent: list[str], code: int, said: str | No
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.returncode == code, found.stderr
     assert found.stdout == ("" if said is None else f"{said}\n")
+
+
+@pytest.mark.parametrize(("ignored", "said"), [(True, "None"), (False, "SIGHUP")])
+def test_a_hangup_that_was_ignored_stays_ignored(ignored: bool, said: str) -> None:
+    """As under nohup; and without it the run is asked to stop."""
+    program = (
+        "import os, signal\nfrom megagamma.training.signals import StopSignals\nwatch = StopSignals()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\nprint(watch.received)\n"
+        "watch.restore()\nprint(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)\n"
+    )
+    command = [*(["nohup"] if ignored else []), sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, f"{said}\n{ignored}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGXCPU"])
+def test_hangup_and_limit_of_cpu_time_to_the_command_line(tmp_path: Path, data_cache: str, name: str) -> None:
+    folder = tmp_path / "run"
+    process = start(arguments(folder, data_cache))
+    wait_until(lambda: len(metrics(folder)) >= 3, process)
+    os.kill(process.pid, signal.Signals[name])
+    code, _, err = finish(process)
+    assert code == 75, err
+    stopped_well(folder, name)

@@ -34,7 +34,9 @@ from megagamma.data.preparation.source import Shard, Source
 from megagamma.data.preparation.train_tokenizer import SAMPLE_CHARACTERS, train_tokenizer
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
-from megagamma.files import copy_file, directory_lock, hidden_name, publish_directory, recover_directory, write_json
+from megagamma.files import copy_file, write_json
+from megagamma.folders import directory_lock, hidden_name, publish_directory, recover_at_start, recover_directory
+from megagamma.owned import require_own, require_place
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,8 @@ def prepare(settings: PrepareSettings) -> Path:
     settings.validate()
     output = Path(os.path.abspath(settings.output))
     described = settings.describe()
+    require_place(output, f"output: '{output}'", itself=("prepared data",), around=("run",))
+    recover_at_start(output, "output")
     try:
         shards = list_shards(settings.source, settings.part_bytes)
     except DataError:
@@ -184,6 +188,7 @@ def _finished(output: Path, fingerprint: str, settings: PrepareSettings) -> bool
         same = verify_prepared(output)["settings_fingerprint"] == fingerprint
     except DataError as error:
         if settings.overwrite:
+            require_own(output, f"output: '{output}'", error=DataError)
             return False
         raise DataError(
             f"output: '{output}' exists but is corrupt: use --overwrite to make it again ({error})"
@@ -192,6 +197,7 @@ def _finished(output: Path, fingerprint: str, settings: PrepareSettings) -> bool
         logger.info("already prepared: %s", output)
         return True
     if settings.overwrite:
+        require_own(output, f"output: '{output}'", error=DataError)
         return False
     raise DataError(
         f"output: '{output}' was prepared from other text or with other settings: "

@@ -17,6 +17,7 @@ class Checkpointing(Callback):
     def __init__(self, rules: CheckpointConfig) -> None:
         self.rules = rules
         self._began, self._stall = 0.0, 0.0
+        self._kept: set[int] = set()
 
     def begin(self) -> None:
         """Write the untrained model where that is asked for."""
@@ -74,7 +75,13 @@ class Checkpointing(Callback):
         reporter = self.session.reporter
         if self.session.runtime.is_main:
             run = self.session.folder
-            prune(run.checkpoints, self.rules.keep_last, {step for step in run.steps() if self.is_permanent(step)})
+            permanent = {step for step in run.steps() if self.is_permanent(step)}
+            prune(run.checkpoints, self.rules.keep_last, permanent, self._warn_once)
         seconds = time.perf_counter() - self._began
         reporter.event("checkpoint", folder=folder.name, seconds=seconds, stall_seconds=self._stall)
         reporter.print(f"  saved {folder} in {seconds:.1f}s (training waited {self._stall:.1f}s)")
+
+    def _warn_once(self, step: int, text: str) -> None:
+        if step not in self._kept:
+            self._kept.add(step)
+            self.session.reporter.warn(text)

@@ -8,7 +8,7 @@ from megagamma.training.signals import StopSignals
 
 
 class StopOnSignal(Callback):
-    """Lets the run leave after the step in which any rank got SIGTERM, SIGINT or SIGUSR1; `Checkpointing` saves before."""
+    """Lets the run leave after the step in which any rank got one of `StopSignals`; `Checkpointing` saves before."""
 
     def attach(self, trainer):  # type: ignore[no-untyped-def]
         """Listen from here on."""
@@ -32,14 +32,35 @@ class StopOnSignal(Callback):
 
 
 class FolderLock(Callback):
-    """Ends a run whose folder another process has taken, as after this one was suspended for minutes: two must not write."""
+    """Ends a run whose folder is no longer its own: another process has taken it, as after this one was suspended for
+    minutes, or somebody has deleted or renamed it. Comes before what writes."""
+
+    def begin(self) -> None:
+        """Remember which folder it is."""
+        self._check()
 
     def after_step(self, step: Step) -> None:
-        """Look at what the lock's thread has seen."""
+        """Look before anything is written of a step."""
+        self._check()
+
+    def end(self) -> None:
+        """Look once more: a run that says it is done must have its files."""
+        self._check()
+
+    def _check(self) -> None:
+        """Ask rank 0, which writes the files.
+
+        Raises:
+            MegagammaError: on every rank.
+        """
+        problem = self._problem()
+        self.session.runtime.raise_on_all_ranks(MegagammaError(problem) if problem else None, "in the run's folder")
+
+    def _problem(self) -> str:
         if self.session.lock.lost:
-            error = MegagammaError(
+            return (
                 f"run.folder={self.session.folder.path}: {self.session.lock.lost}; this process writes nothing more: end one "
                 "of the two, and start the other again"
             )
-            error.on_one_rank = True
-            raise error
+        lost = self.session.reporter.lost()
+        return lost and f"{lost}; this process writes nothing more: put it back, and start the run again"

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -218,6 +219,58 @@ def test_what_exists_is_kept_unless_told_otherwise(tiny, tmp_path):
     with pytest.raises(DataError, match="exists and is not a prepared folder"):
         prepare(replace(settings, output=str(mine), overwrite=True))
     assert (mine / "thesis.txt").read_text() == "precious"
+
+
+def test_overwrite_replaces_only_what_was_prepared(tiny, tmp_path):
+    """Notes beside the tokens, and another program's manifest.json: named, and never touched."""
+    settings = replace(embedded_settings("tiny", str(tmp_path)), validation_fraction=0.3, overwrite=True)
+    (tiny / "notes").mkdir()
+    (tiny / "notes" / "plan.txt").write_text("mine")
+    for harm in (lambda: None, lambda: (tiny / "train.bin").write_bytes(b"")):
+        harm()
+        before = contents(tiny)
+        with pytest.raises(DataError, match=r"tiny': holds notes/plan\.txt, not as this tool wrote it: move it away"):
+            prepare(settings)
+        assert contents(tiny) == before
+    shutil.rmtree(tiny / "notes")
+    (tiny / "manifest.json").write_text("{")  # corrupt as the token file is
+    prepare(settings)
+    verify_prepared(tiny, full=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+    foreign = tmp_path / "site"
+    foreign.mkdir()
+    (foreign / "manifest.json").write_text('{"name": "a web page"}')
+    (foreign / "index.html").write_text("mine")
+    with pytest.raises(DataError, match=r"site': holds index\.html, manifest\.json, not as this tool"):
+        prepare(replace(settings, output=str(foreign)))
+    assert (foreign / "index.html").read_text() == "mine"
+
+
+def test_an_output_that_belongs_to_something_else_is_refused(tiny, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    (run / "checkpoints" / "step_00000001" / "checkpoint.json").write_text("{}")
+    for output, owner in [
+        (run, "is the run"),
+        (run / "checkpoints" / "step_00000099", "lies in the checkpoints of a run"),
+        (run / "checkpoints" / "step_00000001" / "data", "lies in the checkpoint"),
+        (tiny / "more", "lies in the prepared data"),
+    ]:
+        with pytest.raises(ConfigurationError, match=f"^output: .*: {owner}.*choose another folder"):
+            prepare(replace(embedded_settings("tiny", str(tmp_path)), output=str(output)))
+    # Negative control: a new folder beside the checkpoints of a run is the run's owner's own affair.
+    prepare(replace(embedded_settings("tiny", str(tmp_path)), output=str(run / "data")))
+
+
+def test_data_that_was_set_aside_comes_back_without_its_source(tmp_path):
+    texts = [f"document {k} says hello to number {k * 7}" for k in range(200)]
+    settings = PrepareSettings(str(tmp_path / "out"), write_lines(tmp_path / "a.jsonl", texts), vocab_size=290)
+    folder = prepare(settings)
+    (tmp_path / "a.jsonl").unlink()
+    folder.rename(tmp_path / ".out.replaced")
+    assert prepare(settings) == folder
+    verify_prepared(folder, full=True)
 
 
 def test_two_at_once_do_the_work_once(tmp_path):

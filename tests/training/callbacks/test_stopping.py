@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -45,6 +46,48 @@ def signalled(arguments: list[str], number: int) -> tuple[int, str, bool]:
 
 def without_lock(arguments: list[str]) -> tuple[int, str]:
     return train_with(arguments, lambda: [LoseLock()])
+
+
+class MoveFolder(Callback):
+    """Does something to the run's folder in its second step, as somebody at another terminal may."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def before_update(self, step: Step) -> bool:
+        folder = self.session.folder.path
+        if step.number == 2 and self.session.runtime.is_main:
+            if self.fault == "deleted":
+                shutil.rmtree(folder)
+            else:
+                folder.rename(folder.with_name("elsewhere"))
+            if self.fault == "renamed and made anew":
+                folder.mkdir()
+        return True
+
+
+def in_moved_folder(arguments: list[str], fault: str) -> tuple[int, str]:
+    return train_with(arguments, lambda: [MoveFolder(fault)])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["renamed", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("deleted", "renamed and made anew"))],
+)
+def test_a_folder_that_is_moved_or_deleted_ends_the_run_on_all_ranks(
+    tmp_path: Path, two_ranks: RankPool, fault: str
+) -> None:
+    folder = tmp_path / "run"
+    found = two_ranks.run(in_moved_folder, [*run(folder), "--checkpoint.interval", "1"], fault)
+    assert [code for code, _ in found] == [2, 2]
+    assert (
+        "the folder was deleted or renamed while the run trained in it; this process writes nothing more" in found[0][1]
+    )
+    # Nothing was written under the name after that, and what was there before is whole.
+    assert not folder.exists() or not list(folder.iterdir())
+    if fault != "deleted":
+        assert [line["step"] for line in metrics(tmp_path / "elsewhere")] == [1]
+        assert steps_saved(tmp_path / "elsewhere" / "checkpoints") == [1]
 
 
 def run(folder: Path) -> list[str]:
