@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from megagamma.checkpoint.manifest import MANIFEST, check_complete, is_sealed, sealed
 from megagamma.checkpoint.reader import CheckpointReader, read_manifest, verify
 from megagamma.config.io import current_form
 from megagamma.errors import CheckpointError
+from megagamma.files import write_json
 from megagamma.initialization.report import WeightStatistics
 from megagamma.runs.folder import RunFolder, folder_name, kind_of_folder, steps_saved
 
@@ -108,22 +110,42 @@ def verify_files(folder: Path, full: bool = True) -> list[dict[str, Any]]:
         full: checksums too, not only sizes.
 
     Returns:
-        File and problem ("" for a valid one), for the manifest and then every file that it lists.
+        File, problem ("" for a valid one) and note, for the manifest and then every file that it lists.
     """
     try:
         manifest = read_manifest(folder)
+        shapes = check_complete(folder, manifest)
     except CheckpointError as error:
-        return [{"file": "checkpoint.json", "problem": str(error)}]
-    found = [{"file": "checkpoint.json", "problem": ""}]
+        return [{"file": MANIFEST, "problem": str(error), "note": ""}]
+    note = "" if is_sealed(manifest) else "no checksum of its own: `seal` adds one"
+    found = [{"file": MANIFEST, "problem": "", "note": note}]
     files = manifest["files"]
     for index, entry in enumerate(files):
         problem = ""
         try:
-            verify(folder, manifest, full, share=(index, len(files)))
+            verify(folder, manifest, full, share=(index, len(files)), shapes=shapes)
         except CheckpointError as error:
             problem = str(error)
-        found.append({"file": entry["file"], "problem": problem})
+        found.append({"file": entry["file"], "problem": problem, "note": ""})
     return found
+
+
+def seal(folder: Path) -> bool:
+    """Give the manifest of a checkpoint of an earlier version its checksum, after all of it has been checked.
+
+    Raises:
+        CheckpointError: the checkpoint is corrupt; it stays as it is.
+        MegagammaError: the manifest cannot be written.
+
+    Returns:
+        Whether it was added: False where one is there.
+    """
+    manifest = read_manifest(folder)
+    verify(folder, manifest, shapes=check_complete(folder, manifest))
+    if is_sealed(manifest):
+        return False
+    write_json(folder / MANIFEST, sealed(manifest))
+    return True
 
 
 @dataclass(frozen=True)

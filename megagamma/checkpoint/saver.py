@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step_00001000/` with files `weight-*.safetensors`, `exp_avg-*.safetensors` and
 `exp_avg_sq-*.safetensors`, whose tensors have their logical names and shapes (`megagamma.model.parameters`) whatever
-the layout that wrote them, and `checkpoint.json`: step, samples, config, and every file's tensors, size and
-checksum. There is no pickle in it. Files are written in a hidden folder and renamed when all are complete, so a
+the layout that wrote them, and `checkpoint.json`: step, samples, config, every file's tensors, size and checksum, and a
+checksum of its own (`megagamma.checkpoint.manifest`). There is no pickle in it. Files are written in a hidden folder and renamed when all are complete, so a
 folder under its final name is whole. `torch.distributed.checkpoint` reads it with its `HuggingFaceStorageReader`; its
 writer is not used, since it wants the whole state at once, where here one tensor at a time is gathered.
 
@@ -13,18 +13,20 @@ ranks that ZeRO has partitioned it over and the tensor-parallel ranks that it is
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagamma.checkpoint.manifest import MANIFEST, is_sealed, sealed
 from megagamma.checkpoint.reader import (
     FORMAT_VERSION,
     CheckpointReader,
@@ -32,17 +34,19 @@ from megagamma.checkpoint.reader import (
     read_manifest,
     steps_saved,
     tensor_key,
-    verify,
+    verify_all,
 )
 from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
-from megagamma.distributed.state import KINDS
-from megagamma.errors import CheckpointError
+from megagamma.errors import CheckpointError, MegagammaError
 from megagamma.files import advice, write_json
 from megagamma.folders import finish_removal, publish_directory, recover_directory, remove_directory
-from megagamma.model.parameters import LogicalParameter, MappedTensor, Part
+from megagamma.model.parameters import KINDS, LogicalParameter, MappedTensor, Part
 from megagamma.owned import enumerated, strangers
+from megagamma.runs.folder import step_links
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,37 +126,65 @@ def whole_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tu
                 yield kind, unit.logical.name, whole
 
 
-def _write_files(
-    folder: Path, rank: int, owned: dict[str, list[LogicalParameter]], tensors: Iterable[tuple[str, str, Tensor]]
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Write a rank's tensors; returns its entries for the manifest, and what went wrong.
+def _reason(error: BaseException) -> str:
+    """Why a file could not be written, in words for a user."""
+    if isinstance(error, OSError):
+        return f"cannot be written ({error.strerror or error}): {advice(error)}"
+    return f"cannot be written ({type(error).__name__}: {error})"
 
-    After a problem the tensors are still taken to the end, since other ranks may take part in gathering them.
-    """
-    files: list[dict[str, Any]] = []
-    writer: ShardWriter | None = None
-    problem: str | None = None
-    left = {kind: len(parameters) for kind, parameters in owned.items()}
-    for kind, name, tensor in tensors:
-        if problem is not None:
-            continue
+
+@dataclass
+class _Save:
+    """One save on this rank: what it writes, and what became of it. Nothing of it outlives the save."""
+
+    step: int
+    partial: Path
+    manifest: dict[str, Any]
+    owned: dict[str, list[LogicalParameter]]
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """Entries for the manifest, of files that are complete."""
+    problem: str | None = "cannot be written (it was not written to its end)"
+    """None when all that this rank owns is written."""
+    thread: threading.Thread | None = None
+
+    def write(self, tensors: Iterable[tuple[str, str, Tensor]], rank: int) -> None:
+        """Write this rank's tensors.
+
+        After a problem the tensors are still taken to the end, since other ranks may take part in gathering them.
+        """
+        writer: ShardWriter | None = None
+        problem: str | None = None
+        left = {kind: len(parameters) for kind, parameters in self.owned.items()}
+        for kind, name, tensor in tensors:
+            if problem is not None:
+                continue
+            try:
+                if writer is None:
+                    entries = [(tensor_key(kind, parameter.name), parameter.shape) for parameter in self.owned[kind]]
+                    writer = ShardWriter(self.partial / f"{kind}-{rank:05d}.safetensors", entries)
+                writer.write(tensor_key(kind, name), tensor)
+                left[kind] -= 1
+                if left[kind] == 0:
+                    size, digest = writer.close()
+                    names = [parameter.name for parameter in self.owned[kind]]
+                    self.files.append(
+                        {"file": writer.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": names}
+                    )
+                    writer = None
+            except Exception as error:  # noqa: BLE001 - the other ranks must hear of it, whatever it is
+                problem = _reason(error)
+                if writer is not None:
+                    writer.abandon()
+        if problem is None and any(left.values()):
+            problem = f"cannot be written ({sum(left.values())} tensors were not given)"
+        self.problem = problem
+
+    def write_in_thread(self, copies: list[tuple[str, str, Tensor]], rank: int) -> None:
+        """`write` for a thread, where nobody would see what it raises."""
         try:
-            if writer is None:
-                entries = [(tensor_key(kind, parameter.name), parameter.shape) for parameter in owned[kind]]
-                writer = ShardWriter(folder / f"{kind}-{rank:05d}.safetensors", entries)
-            writer.write(tensor_key(kind, name), tensor)
-            left[kind] -= 1
-            if left[kind] == 0:
-                size, digest = writer.close()
-                names = [parameter.name for parameter in owned[kind]]
-                entry = {"file": writer.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": names}
-                files.append(entry)
-                writer = None
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror}): {advice(error)}"
-            if writer is not None:
-                writer.abandon()
-    return files, problem
+            self.write(copies, rank)
+        except BaseException as error:  # noqa: BLE001 - becomes the problem of this save
+            self.problem = _reason(error)
 
 
 class Saver:
@@ -161,9 +193,7 @@ class Saver:
     def __init__(self, engine: Engine, root: Path) -> None:
         """Args: root: folder of the run's checkpoints."""
         self.engine, self.runtime, self.root = engine, engine.runtime, root
-        self._thread: threading.Thread | None = None
-        self._written: tuple[list[dict[str, Any]], str | None] = ([], None)
-        self._manifest: dict[str, Any] = {}
+        self._pending: _Save | None = None
         self._copies: dict[tuple[str, str], Tensor] = {}
 
     def save(self, step: int, state: dict[str, Any], asynchronous: bool = False) -> Path | None:
@@ -183,8 +213,8 @@ class Saver:
             The finished folder, or None while it is being written.
         """
         self.finish()
-        partial = self.root / f".{folder_name(step)}.partial"
-        self._manifest = {
+        partial, final = self.root / f".{folder_name(step)}.partial", self.root / folder_name(step)
+        manifest = {
             "format": "megagamma checkpoint",
             "version": FORMAT_VERSION,
             "step": step,
@@ -193,22 +223,43 @@ class Saver:
         }
 
         def begin() -> None:
+            if final.is_symlink():
+                raise CheckpointError(
+                    f"{final}: is a link, and the checkpoint of step {step} needs its name: give the link another name"
+                )
             clean_up(self.root)
             partial.mkdir(parents=True)
 
         self.runtime.run_on_rank0(lambda: _explained(begin, partial))
-        owned, tensors = _owned(self.engine), whole_tensors(self.engine)
+        save = _Save(step, partial, manifest, _owned(self.engine))
+        tensors = whole_tensors(self.engine)
         if not asynchronous:
-            self._written = _write_files(partial, self.runtime.rank, owned, tensors)
-            return self._publish()
-        copies = [(kind, name, self._copy(kind, name, tensor)) for kind, name, tensor in tensors]
-
-        def write() -> None:
-            self._written = _write_files(partial, self.runtime.rank, owned, copies)
-
-        self._thread = threading.Thread(target=write, name=f"save-{step}")
-        self._thread.start()
+            save.write(tensors, self.runtime.rank)
+            return self._publish(save)
+        self._begin(save, tensors)
+        self._pending = save
         return None
+
+    def _begin(self, save: _Save, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
+        """Copy this rank's share to memory, and write it in a thread."""
+        copies: list[tuple[str, str, Tensor]] = []
+        problem: str | None = None
+        for kind, name, tensor in tensors:
+            try:
+                if problem is None:
+                    copies.append((kind, name, self._copy(kind, name, tensor)))
+            except Exception as error:  # noqa: BLE001 - the other ranks gather on, and must hear of it
+                problem = _reason(error)
+        try:
+            if problem is None:
+                save.thread = threading.Thread(
+                    target=save.write_in_thread, args=(copies, self.runtime.rank), name=f"save-{save.step}"
+                )
+                save.thread.start()
+        except RuntimeError as error:  # no more threads
+            problem, save.thread = _reason(error), None
+        if problem is not None:
+            save.problem = problem
 
     def _copy(self, kind: str, name: str, tensor: Tensor) -> Tensor:
         """A copy in memory that is kept for the next save: fresh memory costs more time than the copy."""
@@ -220,51 +271,74 @@ class Saver:
     @property
     def pending(self) -> bool:
         """Whether an asynchronous save is not complete yet; the same on all ranks."""
-        return self._thread is not None
+        return self._pending is not None
 
     def poll(self) -> Path | None:
         """Complete an asynchronous save when all ranks have written; all ranks call it, between steps.
 
+        Raises:
+            CheckpointError: on every rank, when one could not write; nothing is published.
+
         Returns:
             The finished folder once, else None.
         """
-        if self._thread is None or self.runtime.any_rank(self._thread.is_alive()):
+        save = self._pending
+        if save is None or self.runtime.any_rank(save.thread is not None and save.thread.is_alive()):
             return None
-        self._thread = None
-        return self._publish()
+        self._pending = None
+        return self._publish(save)
 
     def finish(self) -> Path | None:
-        """Wait for an asynchronous save and complete it; all ranks call it."""
-        if self._thread is None:
-            return None
-        self._thread.join()
-        self._thread = None
-        return self._publish()
+        """Wait for an asynchronous save and complete it; all ranks call it.
 
-    def _publish(self) -> Path:
-        """Give the checkpoint its final name, after all ranks have written their files."""
-        step = self._manifest["step"]
-        final, partial = self.root / folder_name(step), self.root / f".{folder_name(step)}.partial"
-        found = self.runtime.gather(self._written)
+        Raises:
+            CheckpointError: as of `poll`.
+        """
+        save, self._pending = self._pending, None
+        if save is None:
+            return None
+        if save.thread is not None:
+            save.thread.join()
+        return self._publish(save)
+
+    def _publish(self, save: _Save) -> Path:
+        """Give the checkpoint its final name, after all ranks have written their files and rank 0 has checked them.
+
+        Checked are the list of tensors, which must be the model's, each once and of its shape, and the size and header of
+        every file. What the files hold is not read again: their checksums are of what was handed to the disk, and a
+        resume compares them.
+        """
+        final, partial = self.root / folder_name(save.step), save.partial
+        found = self.runtime.gather((save.files, save.problem))
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(found) if problem]
-        if problems:
-            self.runtime.run_on_rank0(lambda: shutil.rmtree(partial, ignore_errors=True))
-            raise CheckpointError(
-                f"checkpoint of step {step} in {self.root}: {problems[0]}; the ones before are untouched"
-            )
 
         def publish() -> None:
-            files = [entry for files, _ in found for entry in files]
-            write_json(partial / "checkpoint.json", {**self._manifest, "files": files})
-            publish_directory(partial, final)
+            try:
+                files = [entry for files, _ in found for entry in files]
+                write_json(partial / MANIFEST, sealed({**save.manifest, "files": files}))
+                # Under its hidden name still: what is wrong with it never becomes a checkpoint.
+                verify_all(partial, read_manifest(partial), full=False)
+                publish_directory(partial, final)
+            except MegagammaError as error:
+                raise CheckpointError(str(error)) from error
+            except Exception as error:
+                raise CheckpointError(f"{partial}: {_reason(error)}") from error
 
-        self.runtime.run_on_rank0(lambda: _explained(publish, partial))
+        try:
+            if problems:
+                raise CheckpointError(problems[0])
+            self.runtime.run_on_rank0(publish)
+        except CheckpointError as error:
+            self.runtime.run_on_rank0(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise CheckpointError(
+                f"checkpoint of step {save.step} in {self.root}: {error}; the ones before are untouched"
+            ) from None
         return final
 
 
-def _explained(action: Any, path: Path) -> None:
+def _explained(action: Callable[[], T], path: Path) -> T:
     try:
-        action()
+        return action()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
 
@@ -315,29 +389,48 @@ def clean_up(root: Path) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, list[str]] | None:
+@dataclass
+class Found:
+    """The checkpoint that a run resumes from."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    notes: list[str]
+    """What a user must know: newer ones that are corrupt, links that are ignored, a manifest without a checksum."""
+
+
+def newest_valid(runtime: Runtime, root: Path, go_back: bool, before: int | None = None) -> Found | None:
     """The newest checkpoint whose files are what was written; all ranks call it and share the checking.
 
     Args:
         go_back: when the newest is corrupt, take the one before.
+        before: only those of earlier steps.
 
     Raises:
         CheckpointError: the newest is corrupt and `go_back` is off, or all are.
 
     Returns:
-        Its folder, and what was wrong with the newer ones; None when there is no checkpoint.
+        None when there is no checkpoint.
     """
     corrupt: list[str] = []
     runtime.run_on_rank0(lambda: _explained(lambda: clean_up(root), root))
-    for step in reversed(runtime.run_on_rank0(lambda: steps_saved(root))):
-        folder, problem = root / folder_name(step), None
+    steps, links = runtime.run_on_rank0(lambda: (steps_saved(root), [str(link) for link in step_links(root)]))
+    notes = [f"{link}: is a link, and none of the run's checkpoints: it is ignored and left alone" for link in links]
+    for step in reversed([step for step in steps if before is None or step < before]):
+        folder, problem, manifest = root / folder_name(step), None, {}
         try:
-            verify(folder, read_manifest(folder), share=(runtime.rank, runtime.size))
+            manifest = read_manifest(folder)
+            verify_all(folder, manifest, share=(runtime.rank, runtime.size))
         except CheckpointError as error:
             problem = str(error)
         problems = [one for one in runtime.gather(problem) if one]
         if not problems:
-            return folder, corrupt
+            if not is_sealed(manifest):
+                notes.append(
+                    f"{folder / MANIFEST}: has no checksum of its own, as those of earlier versions: it is taken as it is; "
+                    "tools/checkpoint.py seal adds one"
+                )
+            return Found(folder, manifest, [*(f"{one}: resuming from {folder.name}" for one in corrupt), *notes])
         if not go_back:
             raise CheckpointError(f"{problems[0]}, or let --checkpoint.on_damage previous choose it")
         corrupt.append(problems[0])
@@ -346,26 +439,47 @@ def newest_valid(runtime: Runtime, root: Path, go_back: bool) -> tuple[Path, lis
     return None
 
 
-def load(engine: Engine, folder: Path) -> dict[str, Any]:
+def set_aside(runtime: Runtime, folder: Path, why: str) -> Path:
+    """Give a checkpoint a name that is none of a checkpoint, so that no resume takes it and no pruning counts or deletes it.
+
+    Raises:
+        CheckpointError: it cannot be renamed.
+    """
+
+    def rename() -> str:
+        names = (
+            folder.with_name(f"{folder.name}.{why}{'' if number == 1 else f'.{number}'}") for number in range(1, 1000)
+        )
+        aside = next(name for name in names if not os.path.lexists(name))
+        folder.rename(aside)
+        return str(aside)
+
+    return Path(runtime.run_on_rank0(lambda: _explained(rename, folder)))
+
+
+def load(engine: Engine, folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
     """Fill an engine's weights and moments from a checkpoint of any layout; all ranks call it.
 
     Args:
         folder: a valid checkpoint, see `newest_valid`.
+        manifest: its, when it is read already.
 
     Raises:
-        CheckpointError: it is of another model.
+        CheckpointError: it is of another model: every tensor must have exactly the shape of the model's.
 
     Returns:
         The manifest.
     """
-    reader = CheckpointReader(folder)
-    # An imported model has no moments: Adam starts anew, as the engine has it.
-    kinds = [kind for kind in KINDS if kind in reader.kinds]
+    reader = CheckpointReader(folder, manifest)
+    # An imported model has no moments, and says so: Adam starts anew.
+    has_moments = reader.kinds == set(KINDS)
     for tensor in engine.map:
-        for kind in kinds:
-            local = torch.empty(tensor.shape, dtype=torch.float32)
-            for part in tensor.parts:
-                part.view(local).copy_(reader.read(kind, part.logical.name, part.start, part.shape))
+        for kind in KINDS:
+            local = torch.zeros(tensor.shape, dtype=torch.float32)
+            if kind == "weight" or has_moments:
+                for part in tensor.parts:
+                    values = reader.read(kind, part.logical.name, part.start, part.shape, part.logical.shape)
+                    part.view(local).copy_(values)
             engine.state.set(tensor, kind, local.to(engine.runtime.device))
     engine.state.step = reader.manifest["adam_step"]
     return reader.manifest

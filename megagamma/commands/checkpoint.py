@@ -3,10 +3,13 @@
     megagamma checkpoint inspect runs/mine                   # the newest; --step 500 for another
     megagamma checkpoint verify runs/mine                    # all of the run, and the newest valid one
     megagamma checkpoint diff runs/a runs/b --tolerance 1e-5
+    megagamma checkpoint seal runs/mine                      # add the checksum that checkpoint.json of version 0.1 lacks
 
-A PATH is a checkpoint's folder or a run's. Exit codes: 0; 1 when `diff` finds tensors that differ by more than the
-tolerance; 2 when a checkpoint is corrupt (the file is named) or not there. Options that differ are shown by `diff`, but
-do not count: two runs have different folders at least.
+A PATH is a checkpoint's folder, a link to one, or a run's; links inside a run are none of its checkpoints. Exit codes:
+0; 1 when `diff` finds tensors that differ by more than the tolerance; 2 when a checkpoint is corrupt (the file is named)
+or not there. Options that differ are shown by `diff`, but do not count: two runs have different folders at least.
+
+Checksums guard against accidents and not against intent: whoever can write a checkpoint can write its checksums.
 """
 
 from __future__ import annotations
@@ -16,10 +19,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megagamma.checkpoint import inspection
 from megagamma.checkpoint.inspection import checkpoint_folders, describe, difference, verify_files
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import write_json
 from megagamma.reporting.tables import aligned_table
+
+LIMITS = (
+    "Checksums guard against accidents and not against intent: whoever can write a checkpoint can write its checksums."
+)
 
 
 def inspect(known: argparse.Namespace) -> dict[str, Any]:
@@ -57,10 +65,26 @@ def verify(known: argparse.Namespace) -> dict[str, Any]:
         checked.append({"folder": str(folder), "sound": not any(row["problem"] for row in rows), "files": rows})
         print(folder)
         for row in rows:
-            print(f"  {row['file']:<36}{row['problem'] or 'ok'}")
+            note = f" ({row['note']})" if row["note"] else ""
+            print(f"  {row['file']:<36}{row['problem'] or 'ok'}{note}")
     newest = next((one["folder"] for one in reversed(checked) if one["sound"]), None)
     print(f"newest valid checkpoint: {newest or 'none'}" + (" (sizes only)" if known.quick else ""))
-    return {"checkpoints": checked, "newest_sound": newest, "quick": known.quick}
+    problems = [row["problem"] for one in checked for row in one["files"] if row["problem"]]
+    return {"checkpoints": checked, "newest_sound": newest, "quick": known.quick, "problems": problems}
+
+
+def seal(known: argparse.Namespace) -> dict[str, Any]:
+    """Add the checksum of checkpoint.json where it is missing, after checking all else."""
+    added, problems = [], []
+    for folder in checkpoint_folders(known.path, known.step):
+        try:
+            if inspection.seal(folder):
+                added.append(str(folder))
+            print(f"{folder}: {'sealed' if added[-1:] == [str(folder)] else 'is sealed already'}")
+        except CheckpointError as error:
+            problems.append(str(error))
+            print(f"{folder}: NOT sealed: {error}")
+    return {"sealed": added, "problems": problems}
 
 
 def diff(known: argparse.Namespace) -> dict[str, Any]:
@@ -100,15 +124,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, do, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, action in (("inspect", inspect), ("verify", verify), ("diff", diff)):
-        one = commands.add_parser(name, help=(action.__doc__ or "").split(".")[0].lower())
+    for name, action in (("inspect", inspect), ("verify", verify), ("diff", diff), ("seal", seal)):
+        summary = (action.__doc__ or "").split(".")[0]
+        about = summary + (f". {LIMITS}" if name == "verify" else ".")
+        one = commands.add_parser(name, help=summary.lower(), description=about)
         one.set_defaults(action=action)
         for argument in ("a", "b") if name == "diff" else ("path",):
             one.add_argument(argument, type=Path, help="folder of a checkpoint, or of a run")
-        one.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest; verify: all)")
+        one.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest; verify, seal: all)")
         one.add_argument("--json", type=Path, metavar="FILE", help="write the result to a file")
         if name == "verify":
-            one.add_argument("--quick", action="store_true", help="compare sizes only, not checksums")
+            one.add_argument("--quick", action="store_true", help="compare sizes and headers only, not checksums")
         if name == "diff":
             one.add_argument(
                 "--tolerance", type=float, default=0.0,
@@ -120,8 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(known.json, _json(found))
     if known.command == "diff":
         return 0 if found["equal"] else 1
-    if known.command == "verify":
-        problems = [row["problem"] for one in found["checkpoints"] for row in one["files"] if row["problem"]]
+    if known.command in ("verify", "seal"):
+        problems = found["problems"]
         if problems:
             more = f" ({len(problems) - 1} more above)" if len(problems) > 1 else ""
             raise CheckpointError(problems[0] + more)

@@ -13,9 +13,6 @@ from megagamma.distributed.compat import deepspeed as compat
 from megagamma.distributed.runtime import Runtime
 from megagamma.model.parameters import MappedTensor, ParameterMap
 
-# The fp32 master weight and Adam's two moments; names as torch.optim.AdamW has them.
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-
 
 def partition_writer(runtime: Runtime) -> Callable[[MappedTensor, Tensor], None]:
     """`write_partition` for this rank."""

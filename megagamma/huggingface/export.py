@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megagamma.checkpoint.manifest import check_complete, stored_config
 from megagamma.checkpoint.reader import CheckpointReader, verify
 from megagamma.checkpoint.safetensors_writer import DTYPES, ShardWriter
-from megagamma.config.io import from_dict
 from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config
 from megagamma.data.preparation.prepare import embedded_settings
 from megagamma.data.tokenizer import Tokenizer
-from megagamma.errors import CheckpointError, ConfigurationError, MegagammaError
+from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import advice, copy_file, write_json, write_text
 from megagamma.folders import atomic_directory, recover_at_start
 from megagamma.huggingface.card import model_card
@@ -72,25 +72,22 @@ def read_checkpoint(folder: Path) -> tuple[CheckpointReader, Config]:
     """A finished checkpoint and its run's config; its weights are not read yet, see `verify_weights`.
 
     Raises:
-        CheckpointError: it is missing, unfinished, or its config names no vocabulary.
+        CheckpointError: it is missing, unfinished, or its tensors are not those of the model in its config.
     """
     reader = CheckpointReader(folder)
-    config = resolve(from_dict(reader.manifest["config"]))
-    if config.model.vocab_size is None:
-        raise CheckpointError(
-            f"{folder}: its config names no model.vocab_size: the checkpoint was not written by a run"
-        )
-    return reader, config
+    check_complete(folder, reader.manifest)
+    return reader, resolve(stored_config(folder, reader.manifest))
 
 
 def verify_weights(reader: CheckpointReader) -> None:
-    """Check that the files of weights are what was written.
+    """Check that the files of weights are what was written, and of the shapes of the model.
 
     Raises:
         CheckpointError: naming the first that is missing, cut off or altered.
     """
     weights = [entry for entry in reader.manifest["files"] if entry["kind"] == "weight"]
-    verify(reader.folder, {**reader.manifest, "files": weights})
+    shapes = check_complete(reader.folder, reader.manifest)
+    verify(reader.folder, {**reader.manifest, "files": weights}, shapes=shapes)
 
 
 def run_folder(checkpoint: Path) -> Path | None:

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from megagamma.checkpoint.reader import FORMAT_VERSION, folder_name
+from megagamma.checkpoint.manifest import FORMAT_VERSION, MANIFEST, sealed
+from megagamma.checkpoint.reader import folder_name
 from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.config.io import as_dict, save_config
 from megagamma.config.resolve import resolve
@@ -213,7 +214,7 @@ def write_run(
             **(extra or {}),
             "files": [entry],
         }
-        write_json(checkpoint / "checkpoint.json", manifest)
+        write_json(checkpoint / MANIFEST, sealed(manifest))
         save_config(config, partial / "config.yaml")
         if tokenizer:
             copy_file(tokenizer.path, partial / "tokenizer.model")

@@ -81,7 +81,7 @@ def parity_outputs(inputs: ParityInputs) -> ParityOutputs:
             name = part.logical.name
             if inputs.layer is not None:
                 name = name.replace("model.layers.0.", f"model.layers.{inputs.layer}.")
-            values = reader.read("weight", name, part.start, part.shape)
+            values = reader.read("weight", name, part.start, part.shape, part.logical.shape)
             values = rounded(values, part.logical.role, inputs.dtype, inputs.norm_offset)
             part.view(tensor.parameter.data).copy_(values)
 

@@ -27,6 +27,9 @@ from megagamma.config.schema import ModelConfig, padded_vocab_size
 
 Rows = tuple[int, int]
 
+# What a run keeps of every parameter: the fp32 master weight and Adam's two moments; names as torch.optim.AdamW has them.
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class LogicalParameter:

@@ -37,12 +37,27 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def is_step_name(name: str) -> bool:
+    """Whether a name is one that `folder_name` gives."""
+    return _STEP_NAME.fullmatch(name) is not None
+
+
 def steps_saved(root: Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder of checkpoints, ascending."""
+    """Steps of the finished checkpoints in a folder of checkpoints, ascending. Links are not counted, see `step_links`."""
     if not root.is_dir():
         return []
-    names = (_STEP_NAME.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    names = (_STEP_NAME.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir() and not entry.is_symlink())
     return sorted(int(name.group(1)) for name in names if name)
+
+
+def step_links(root: Path) -> list[Path]:
+    """Links in a folder of checkpoints that are named as checkpoints.
+
+    A run never writes them, so they are none of its checkpoints: it neither resumes from nor deletes them.
+    """
+    if not root.is_dir():
+        return []
+    return sorted(entry for entry in root.iterdir() if entry.is_symlink() and is_step_name(entry.name))
 
 
 def is_checkpoint(path: Path) -> bool:

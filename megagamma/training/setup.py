@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from megagamma.checkpoint import saver
-from megagamma.checkpoint.reader import read_manifest
-from megagamma.config.io import as_dict, differences, from_dict
+from megagamma.checkpoint.manifest import stored_config
+from megagamma.config.io import as_dict, differences
 from megagamma.config.schema import Config, padded_vocab_size
 from megagamma.data.schedule import total_steps
 from megagamma.data.sources import RunData
@@ -112,7 +112,9 @@ def _check_folder(config: Config) -> None:
 _FIXED_SECTIONS = ("model", "init")
 
 
-def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fingerprint: str) -> list[str]:
+def _check_same_run(
+    folder: Path, config: Config, source: Path, manifest: dict[str, Any], fingerprint: str
+) -> list[str]:
     """Refuse a resume with another model; returns other options that changed.
 
     Raises:
@@ -123,7 +125,7 @@ def _check_same_run(folder: Path, config: Config, manifest: dict[str, Any], fing
             f"run.folder={folder}: its checkpoint was trained with tokenizer {manifest['tokenizer'][:12]}, the data has "
             f"{fingerprint[:12]}: give the same data, or another run.folder"
         )
-    saved = from_dict(manifest["config"])
+    saved = stored_config(source, manifest)
     changed = differences(saved, config, _FIXED_SECTIONS)
     if changed or saved.run.seed != config.run.seed:
         changed = changed or [f"run.seed: {saved.run.seed} -> {config.run.seed}"]
@@ -153,19 +155,20 @@ class _Resume:
 
     folder: Path
     manifest: dict[str, Any]
-    corrupt: list[str]
-    """What was wrong with the newer ones."""
+    notes: list[str]
+    """What was wrong with newer ones, and what else a user must know."""
     changed: list[str]
     """Options that have other values than before."""
 
 
-def _find_resume(config: Config, runtime: Runtime, folder: RunFolder, fingerprint: str) -> _Resume | None:
-    newest = saver.newest_valid(runtime, folder.checkpoints, config.checkpoint.on_damage == "previous")
-    if newest is None:
+def _find_resume(
+    config: Config, runtime: Runtime, folder: RunFolder, fingerprint: str, before: int | None = None
+) -> _Resume | None:
+    found = saver.newest_valid(runtime, folder.checkpoints, config.checkpoint.on_damage == "previous", before)
+    if found is None:
         return None
-    source, corrupt = newest
-    manifest = read_manifest(source)
-    return _Resume(source, manifest, corrupt, _check_same_run(folder.path, config, manifest, fingerprint))
+    changed = _check_same_run(folder.path, config, found.folder, found.manifest, fingerprint)
+    return _Resume(found.folder, found.manifest, found.notes, changed)
 
 
 def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Config], RunData]) -> Session:
@@ -207,7 +210,7 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
     step = 0
     if resume is not None:
-        manifest = saver.load(engine, resume.folder)
+        manifest = saver.load(engine, resume.folder, resume.manifest)
         step = manifest["step"]
     elif dtype != torch.float32:
         refine_masters(engine, config)
@@ -261,8 +264,8 @@ def _report_start(session: Session, resume: _Resume | None, warning: str | None,
     for line in describe_groups(session.engine.map, session.config.optimizer):
         reporter.print(line)
     if resume is not None:
-        for text in resume.corrupt:
-            reporter.warn(f"{text}: resuming from {resume.folder.name}")
+        for text in resume.notes:
+            reporter.warn(text)
         if resume.changed:
             reporter.warn(f"resuming with other options than before: {'; '.join(resume.changed)}")
     kind = "start" if resume is None else "resume"

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from support.train import run_trainer
 
 from megagamma.checkpoint import inspection as checkpoint_tools
 from megagamma.checkpoint.inspection import compare_tensors, config_differences, natural
+from megagamma.checkpoint.manifest import sealed
 from megagamma.checkpoint.reader import FORMAT_VERSION, CheckpointReader, folder_name, tensor_key
 from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.cli import main_guard
 from megagamma.commands import checkpoint
+from megagamma.config.schema import ModelConfig, resolve_model
+from megagamma.model.parameters import logical_parameters
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "checkpoint.py"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -49,8 +53,18 @@ def tensors():
     return {kind: {name: torch.randn(6, 4, generator=generator) for name in NAMES} for kind in KINDS}
 
 
-def write(root: Path, step: int, values=None, learning_rate=1e-3, split=1) -> Path:
-    """A checkpoint of the run `root`, each kind in `split` files."""
+MODEL = ModelConfig(hidden_size=4, num_layers=1, num_attention_heads=1, vocab_size=6, vocab_size_multiple=2)
+
+
+def whole():
+    """By kind and name, all that `MODEL` has."""
+    generator = torch.Generator().manual_seed(3)
+    parameters = logical_parameters(resolve_model(MODEL))
+    return {kind: {one.name: torch.randn(one.shape, generator=generator) for one in parameters} for kind in KINDS}
+
+
+def write(root: Path, step: int, values=None, learning_rate=1e-3, split=1, model=None) -> Path:
+    """A checkpoint of the run `root`, each kind in `split` files. `verify` wants one whose config has its model."""
     folder = root / "checkpoints" / folder_name(step)
     folder.mkdir(parents=True)
     files = []
@@ -71,7 +85,8 @@ def write(root: Path, step: int, values=None, learning_rate=1e-3, split=1) -> Pa
         "config": {"data": {"sequence_length": 32}, "optimizer": {"lr": learning_rate}, "deepspeed_config": "auto"},
         "tokenizer": "x", "progress": {}, "files": files,
     }  # fmt: skip
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    manifest["config"] |= {"model": asdict(model)} if model else {}
+    (folder / "checkpoint.json").write_text(json.dumps(sealed(manifest)))
     return folder
 
 
@@ -137,7 +152,7 @@ def test_numbers_that_are_not_finite_are_counted(run, tmp_path):
 
 
 def test_verify_names_the_damaged_file_and_the_newest_sound_checkpoint(run, tmp_path):
-    folders = [write(tmp_path / "run", step) for step in (1, 2, 3)]
+    folders = [write(tmp_path / "run", step, whole(), model=MODEL) for step in (1, 2, 3)]
     code, out, err = run("verify", tmp_path / "run")
     assert (code, err) == (0, "") and out.count(" ok\n") == 3 * 4
     assert f"newest valid checkpoint: {folders[2]}\n" in out
@@ -154,7 +169,8 @@ def test_verify_names_the_damaged_file_and_the_newest_sound_checkpoint(run, tmp_
 
 @pytest.mark.parametrize("fault", ["cut", "missing", "manifest cut", "manifest missing"])
 def test_verify_sees_other_damage_without_checksums(run, tmp_path, fault):
-    folder = write(tmp_path / "run", 1)
+    folder = write(tmp_path / "run", 1, whole(), model=MODEL)
+    assert run("verify", tmp_path / "run", "--quick")[0] == 0
     victim = folder / ("checkpoint.json" if "manifest" in fault else "weight-00000.safetensors")
     victim.unlink() if "missing" in fault else victim.write_bytes(victim.read_bytes()[:-1])
     code, out, err = run("verify", tmp_path / "run", "--quick")

@@ -19,6 +19,7 @@ from support.exports import save_model
 from support.processes import ROOT, environment
 from support.ranks import RankPool
 
+from megagamma.checkpoint.manifest import sealed
 from megagamma.cli import main_guard
 from megagamma.commands import convert_and_eval
 
@@ -42,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_cach
     first = found[0] / "checkpoints"
     shutil.copytree(first / "step_00000007", first / "step_00000009")
     manifest = json.loads((first / "step_00000009" / "checkpoint.json").read_text())
-    (first / "step_00000009" / "checkpoint.json").write_text(json.dumps(manifest | {"step": 9}))
+    (first / "step_00000009" / "checkpoint.json").write_text(json.dumps(sealed(manifest | {"step": 9})))
     return found
 
 

@@ -9,7 +9,8 @@ import torch
 from support.ranks import RankPool
 from support.train import build_engine
 
-from megagamma.distributed.state import KINDS, _shard
+from megagamma.distributed.state import _shard
+from megagamma.model.parameters import KINDS
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
