@@ -24,16 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 POOLS = {"two_ranks", "four_ranks"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on a pool of several processes, and say which tests share a worker: those of a file, whose fixtures
-    are made once; and all that need four ranks, since starting those costs most."""
-    four = {item.path for item in items if "four_ranks" in getattr(item, "fixturenames", ())}
-    for item in items:
-        if POOLS & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.ranks)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("four ranks" if item.path in four else str(item.path)))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what runs on a pool of several processes, and say which tests share a worker of pytest-xdist.
+
+    Those of a file do, whose fixtures are made once; and all that need four ranks, since starting those costs most.
+    """
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if POOLS & fixtures:
+        item.add_marker(pytest.mark.ranks)
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group("four ranks" if "four_ranks" in fixtures else str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from support.processes import SMOKE, losses
 
 from megagamma.checkpoint.reader import steps_saved
 
+pytestmark = pytest.mark.xdist_group("forked")
+
 ROOT = Path(__file__).resolve().parent.parent
 # How a shell starts a process without a console that works.
 CONSOLES = {

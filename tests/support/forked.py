@@ -6,6 +6,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megagamma.testing import forked
+from megagamma.testing.forked import context
+
+__all__ = ["context", "launch"]
 from support.processes import ROOT, SMOKE
 
 
