@@ -7,6 +7,7 @@ only, so that `--help` answers at once, and so that OpenMP can be set up before 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,13 @@ class World:
     local_rank: int
     local_size: int
     """Processes of the run on this node; 0 when the launcher does not say."""
+
+    @property
+    def is_one_host(self) -> bool:
+        """Whether the launcher says that all processes of the run are on this host."""
+        # SLURM's tasks per node are a limit, so that a step of few tasks may still have several hosts.
+        hosts = os.environ.get("SLURM_STEP_NUM_NODES", "1") if "SLURM_STEP_ID" in os.environ else "1"
+        return self.local_size == self.size and hosts == "1"
 
 
 def _whole_number(name: str, default: int, minimum: int = 0) -> int:
@@ -157,6 +165,17 @@ def rendezvous_address() -> tuple[str, int]:
         error.on_one_rank = True
         raise error
     return address, int(text)
+
+
+def keep_gloo_on_this_host() -> None:
+    """Let gloo listen on the loopback interface alone; call where all ranks are on this host, before groups are formed.
+
+    It would listen on the interface that the host's name resolves to. A value that the user has set stays.
+    """
+    names = [name for _, name in socket.if_nameindex()]
+    for name in ("lo", "lo0"):
+        if name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def export_local_rank(local_rank: int) -> None:

@@ -15,8 +15,15 @@ import torch.distributed as dist
 from megagamma.config.schema import Config
 from megagamma.distributed.compat.megatron import run_on_cpu
 from megagamma.distributed.compat.torch import process_groups
+from megagamma.distributed.exchange import broadcast_json, describe_error, gather_json, pack, restore_error, unpack
 from megagamma.distributed.rendezvous import rendezvous
-from megagamma.environment import World, choose_threads, export_local_rank, world_from_environment
+from megagamma.environment import (
+    World,
+    choose_threads,
+    export_local_rank,
+    keep_gloo_on_this_host,
+    world_from_environment,
+)
 from megagamma.errors import ConfigurationError, DistributedError, MegagammaError
 
 T = TypeVar("T")
@@ -80,7 +87,10 @@ class Runtime:
         """Wait for the other processes and form the world's group; returns what each rank reported of itself."""
         if dist.is_initialized():
             return []
-        store, others = rendezvous(self.rank, self.size, self.device, self.config.run.start_minutes)
+        if self.world.is_one_host:
+            keep_gloo_on_this_host()
+        minutes = self.config.run.start_minutes
+        store, others = rendezvous(self.rank, self.size, self.device, minutes, self.world.is_one_host)
         self._store = store  # rank 0 serves it for as long as it lives
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
@@ -131,52 +141,74 @@ class Runtime:
         """Whether this rank computes the loss."""
         return self.pipeline_rank == self.config.parallel.pipeline - 1
 
-    def gather_over_model(self, value: T) -> list[T]:
-        """`value` of every rank that holds a part of this copy of the model; small objects only."""
-        found: list[Any] = [None] * dist.get_world_size(self.model_group)
-        dist.all_gather_object(found, value, group=self.model_group)
-        return found
+    def gather_over_model(self, value: Any) -> list[Any]:
+        """`value` of every rank that holds a part of this copy of the model; see `gather`."""
+        return self._gather(value, self.model_group)
 
     def gather_devices(self) -> list[dict[str, Any]]:
         """Rank, host, device and the device's name of every rank, by rank; all ranks call it."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
         return self.gather({"rank": self.rank, "host": self.host, "device": str(self.device), "name": name or "cpu"})
 
-    def gather(self, value: T) -> list[T]:
-        """`value` of every rank, by rank; small objects only."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank; small JSON values only, of which tuples come back as lists."""
+        return self._gather(value, dist.group.WORLD)
+
+    def _gather(self, value: Any, group: Any) -> list[Any]:
+        size = dist.get_world_size(group)
+
+        def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+            found = [torch.empty_like(tensor) for _ in range(size)]
+            dist.all_gather(found, tensor, group=group)
+            return torch.stack(found)
+
+        return gather_json(value, size, self.device, all_gather)
 
     def run_on_rank0(self, action: Callable[[], T]) -> T:
-        """Do something on rank 0 and give its result to all; an exception there is raised on every rank."""
-        outcome: list[Any] = [None, None]
+        """Do something on rank 0 and give its result to all; an exception there is raised on every rank.
+
+        Args:
+            action: returns a small JSON value, of which tuples come back as lists.
+
+        Raises:
+            Exception: the action's, on rank 0. On the others its class of `megagamma.errors`, or DistributedError.
+        """
+        outcome: dict[str, Any] = {}
+        problem: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = action()
+                outcome["result"] = unpack(pack(action()))
             except Exception as error:  # noqa: BLE001 - handed to every rank, then raised
-                outcome[1] = error
+                problem, outcome["error"] = error, describe_error(error)
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: T = outcome[0]
+            outcome = broadcast_json(outcome, self.device, self.is_main)
+        if problem is not None:
+            raise problem
+        if "error" in outcome:
+            raise restore_error(outcome["error"])
+        result: T = outcome["result"]
         return result
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Do something on every rank; when it goes wrong on any, all raise the error of the first of them.
 
         So that rank 0, which writes the run's messages, names a file that only another host lacks, and nobody waits.
+
+        Raises:
+            Exception: the action's own, on a rank where it is none of `megagamma.errors`, so that its traceback is seen.
         """
         result: Any = None
-        problem: MegagammaError | None = None
+        problem: Exception | None = None
         try:
             result = action()
-        except MegagammaError as error:
+        except Exception as error:  # noqa: BLE001 - told to every rank, then raised
             problem = error
-        for rank, (host, met) in enumerate(self.gather((self.host, problem))):
+        about = None if problem is None else describe_error(problem)
+        for rank, (host, met) in enumerate(self.gather((self.host, about))):
             if met is not None:
-                raise met if rank == 0 else type(met)(f"rank {rank} on {host}: {met}")
+                if problem is not None and not isinstance(problem, MegagammaError):
+                    raise problem
+                raise restore_error(met, f"rank {rank} on {host}: " if rank else "")
         return result  # type: ignore[no-any-return]
 
     def raise_on_all_ranks(self, problem: Exception | None, what: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megagamma.distributed.exchange import gather_json
 from megagamma.errors import EvaluationError
 from megagamma.evaluation import continuous
 from megagamma.evaluation.compat import MODEL_LOGGER, suppress_logging
@@ -138,7 +139,8 @@ def _over_processes(
     """Put the shares of all processes together on the first."""
     if lm.world_size == 1:
         return values, hashes, cut, dropped
-    shares = lm.gather_object((values, hashes, cut, dropped), dst=0)
+    # lm-eval's `gather_object` would exchange pickles.
+    shares = gather_json((values, hashes, cut, dropped), lm.world_size, lm.device, lm.all_gather)
     if lm.rank != 0:
         return [], [], 0, 0
     return (

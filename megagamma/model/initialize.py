@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,14 +83,15 @@ def fill(
 def report_drawn(
     drawn: dict[str, WeightStatistics],
     config: Config,
-    gather: Callable[[dict[str, WeightStatistics]], list[dict[str, WeightStatistics]]],
+    gather: Callable[[dict[str, tuple[int, float, float]]], list[dict[str, Any]]],
 ) -> list[MatrixReport]:
     """Compare what all ranks of the model drew with the target stds.
 
     Args:
         drawn: this rank's statistics from `fill`.
         config: the run's.
-        gather: collects the statistics of the ranks that hold one copy of the model, this one's included.
+        gather: collects a JSON value, the three sums by name, of the ranks that hold one copy of the model, this one's
+            included.
 
     Returns:
         One report per logical matrix, in the model's order. A tied embedding that two pipeline stages hold is
@@ -98,9 +100,9 @@ def report_drawn(
     from megagamma.model.parameters import logical_parameters
 
     total: Drawn = {}
-    for one in gather(drawn):
-        for name, found in one.items():
-            total[name] = total.get(name, WeightStatistics()) + found
+    for one in gather({name: (found.count, found.total, found.square) for name, found in drawn.items()}):
+        for name, sums in one.items():
+            total[name] = total.get(name, WeightStatistics()) + WeightStatistics(*sums)
     reports = []
     for logical in logical_parameters(config.model):
         if logical.role == "norm":
