@@ -133,7 +133,7 @@ def require_writable(folder: str | Path, option: str) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable.") as probe:
+        with tempfile.TemporaryFile(dir=folder) as probe:  # without a name, so that a kill leaves nothing
             probe.write(b"\0" * 4096)
             probe.flush()
             os.fsync(probe.fileno())

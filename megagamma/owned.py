@@ -294,7 +294,12 @@ def _hand_over(source: Path, target: Path) -> bool:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         return True
-    if source.is_symlink() or target.is_symlink() or not (source.is_file() and target.is_file()):
+    if source.is_symlink() or target.is_symlink():
+        return False
+    if source.is_dir() and target.is_dir():  # an empty one
+        source.rmdir()
+        return True
+    if not (source.is_file() and target.is_file()):
         return False
     if source.stat().st_size != target.stat().st_size or file_digest(source) != file_digest(target):
         return False

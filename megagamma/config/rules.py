@@ -246,10 +246,15 @@ def _bytes(name: str) -> int:
     return len(name.encode("utf-8", "surrogatepass"))
 
 
+def _shown(name: str) -> str:
+    text = ascii(name)
+    return text if len(text) <= 80 else f"{text[:76]}...'"
+
+
 def _check_folder(config: Config) -> None:
     """The run's name and folder, as far as they can be judged without looking at the disk."""
     name, folder = config.run.name, config.run.folder
-    shown = ascii(name if len(name) <= 40 else name[:40] + "...")
+    shown = _shown(name)
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
         raise ConfigurationError(
             f"run.name={shown} must be a plain name, without / or control characters: use letters, digits, - and _, and "
@@ -259,7 +264,7 @@ def _check_folder(config: Config) -> None:
         raise ConfigurationError(
             f"run.name={shown} has {_bytes(name)} bytes, a file name has at most {_LONGEST_NAME}: use a shorter one"
         )
-    shown = ascii(folder if len(folder) <= 60 else folder[:60] + "...")
+    shown = _shown(folder)
     if not folder.strip() or "\0" in folder:
         raise ConfigurationError(f"run.folder={shown} must be the path of a folder: use one such as runs/{name}")
     longest = max(_bytes(part) for part in folder.split("/"))

@@ -84,7 +84,10 @@ class ScoreFile:
         except FileNotFoundError:
             pass
         except EvaluationError as error:
-            aside = self.path.with_name(f"{self.path.name}.damaged")
+            aside, number = self.path.with_name(f"{self.path.name}.damaged"), 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = self.path.with_name(f"{self.path.name}.damaged-{number}")
             os.replace(self.path, aside)
             say(f"WARNING {error}; set aside as {aside.name}, and scoring anew")
 

@@ -1,6 +1,6 @@
 """The folder of a run. The one place that knows its file names; it reads and writes all of them.
 
-    config.yaml        the config as given, reloadable
+    config.yaml        the config as given, reloadable; config.before-1.yaml: one that was written by hand, as it was
     resolved.json      what it became: device, dtype, ZeRO stage, parallel sizes, DeepSpeed's values
     provenance.json    versions, source, command, hosts
     init_report.json   target and measured std of every matrix
@@ -19,10 +19,13 @@ Readers never take the lock: each file is complete whenever it is there, and lin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from megagamma.config.io import load_config, save_config
 from megagamma.config.schema import Config
@@ -68,6 +71,14 @@ def is_checkpoint(path: Path) -> bool:
 def is_run(path: Path) -> bool:
     """Whether a path is a run's folder: every run writes its config."""
     return (path / "config.yaml").is_file()
+
+
+def _is_saved_config(path: Path) -> bool:
+    """Whether a config file has the form that a run gives it: no comments, every section in a row."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        return len(text) < 1 << 20 and yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+    return False
 
 
 def kind_of_folder(path: Path) -> Literal["run", "checkpoint", "checkpoints"] | None:
@@ -176,9 +187,20 @@ class RunFolder:
         """
         return load_config(self.config_file)
 
-    def write_config(self, config: Config) -> None:
-        """Write the run's config, so that `read_config` gives the same."""
+    def write_config(self, config: Config) -> Path | None:
+        """Write the run's config, so that `read_config` gives the same.
+
+        Returns:
+            Where a config.yaml that somebody wrote by hand is kept, with its comments; None where there was none.
+        """
+        kept = None
+        if self.config_file.exists() and not _is_saved_config(self.config_file):
+            number = 1
+            while os.path.lexists(kept := self.path / f"config.before-{number}.yaml"):
+                number += 1
+            copy_file(self.config_file, kept)
         save_config(config, self.config_file)
+        return kept
 
     def read_resolved(self) -> dict[str, Any]:
         """What the config became when the run was started last.

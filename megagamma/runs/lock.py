@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -32,6 +33,8 @@ from megagamma.runs.folder import RunFolder
 
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 120.0
+# A claim, a claim or lock before it has its name, and the file that an atomic write of the lock begins with.
+_OWN_NAME = re.compile(r"\.lock\.[0-9a-f]{32}(\.new)?|\.\.lock\.[0-9a-z_]{8,12}")
 
 
 def _first_line(path: str) -> str:
@@ -336,7 +339,8 @@ class RunLock:
         """Remove claims and temporary files that killed processes left behind long ago."""
         for file in (*self.path.parent.glob(".lock.*"), *self.path.parent.glob("..lock.*")):
             with contextlib.suppress(OSError):
-                if time.time() - file.stat().st_mtime > 10 * self.stale_seconds:
+                is_old = time.time() - file.stat().st_mtime > 10 * self.stale_seconds
+                if is_old and _OWN_NAME.fullmatch(file.name):
                     file.unlink()
 
     # -- the signs of life ---------------------------------------------------------------------------------------

@@ -222,7 +222,11 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
         session.consumed, session.seconds = manifest["consumed_samples"], manifest["seconds"]
         session.progress = manifest["progress"]
     if runtime.is_main:
-        folder.write_config(config)
+        kept = folder.write_config(config)
+        if kept is not None:
+            reporter.warn(
+                f"{folder.config_file} was written by hand and is the run's own from here on: kept as {kept.name}"
+            )
         folder.write_resolved(resolved_values(session))
         folder.write_provenance(origin)
         if data.codec is not None:

@@ -92,6 +92,22 @@ def test_only_what_the_tasks_read(tool: ModuleType, hub: list[Any], tmp_path: Pa
     assert tool.main([*base, "arc_easy", "arc_challenge", "gsm8k", "--list"]) == 0
 
 
+def test_what_the_user_keeps_in_a_mirror_moves_along(tool: ModuleType, hub: list[Any], tmp_path: Path) -> None:
+    """Also in a mirror of before, which has no list of what was written."""
+    root = tmp_path / "mirror"
+    arc = root / "allenai" / "ai2_arc"
+    assert tool.main(["--mirror", str(root), "--tasks", "arc_easy"]) == 0
+    (arc / LIST).unlink()
+    (arc / "notes.txt").write_text("mine")
+    (arc / "README.md").write_text((arc / "README.md").read_text() + "Mine.\n")
+    assert tool.main(["--mirror", str(root), "--tasks", "arc_challenge"]) == 0
+    assert (arc / "notes.txt").read_text() == "mine"
+    assert len(files(arc)) == 8
+    # The header has changed with the configs: the edited page stays beside.
+    kept = root / "allenai" / "ai2_arc.kept-1"
+    assert files(kept) == {"README.md"} and (kept / "README.md").read_text().endswith("Mine.\n")
+
+
 def test_a_cut_download_leaves_nothing(
     tool: ModuleType, hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -383,3 +384,58 @@ def test_shipped_files_are_valid(path: Path) -> None:
     # A model's preset says nothing of data, which the rules ask for.
     data = ["--data.corpus", "tiny"] if path.parent.name == "model" else []
     validate(parse_config(["--config", str(path), *data]))
+
+
+# -- the run's name and folder ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(root: Path) -> Config:
+    """Parsing takes longer than all that is checked here."""
+    return parse_config(["--config", str(root / "configs" / "smoke.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("run.folder", "", "run.folder='' must be the path of a folder"),
+        ("run.folder", "   ", "run.folder='   ' must be the path of a folder"),
+        ("run.folder", "runs/a\0b", "run.folder='runs/a\\x00b' must be the path of a folder"),
+        ("run.folder", "runs/" + "x" * 256, "a file name 255: use a shorter one"),
+        ("run.folder", "runs/" + "ü" * 128, "and a name of 256"),
+        ("run.folder", "x/" * 2000, "run.folder='x/x/x/"),
+        ("run.name", "", "run.name='' must be a plain name"),
+        ("run.name", "  ", "must be a plain name"),
+        ("run.name", ".", "must be a plain name"),
+        ("run.name", "..", "must be a plain name"),
+        ("run.name", "a/b", "run.name='a/b' must be a plain name, without / or control characters"),
+        ("run.name", "../../elsewhere", "must be a plain name"),
+        ("run.name", "a\0b", "must be a plain name"),
+        ("run.name", "a\nb", "must be a plain name"),
+        ("run.name", "\ud800", "must be a plain name"),
+        ("run.name", "n" * 256, "has 256 bytes, a file name has at most 255"),
+    ],
+    ids=lambda value: ascii(value[:20]),
+)
+def test_names_that_can_be_no_folder(smoke: Config, name: str, value: str, said: str) -> None:
+    config = copy.deepcopy(smoke)
+    setattr(config.run, name.removeprefix("run."), value)
+    with pytest.raises(ConfigurationError) as caught:
+        validate(resolve(config))
+    text = str(caught.value)
+    assert said in text
+    assert "\n" not in text and len(text) < 300 and text.isprintable()
+
+
+@pytest.mark.parametrize("name", ["run", "gamma 0.5", "größe", "a.b-c_d", "n" * 255, "..."])
+def test_names_that_can_be_a_folder(smoke: Config, name: str) -> None:
+    """Negative control, also with the longest name and the folder that follows from it."""
+    config = copy.deepcopy(smoke)
+    config.run.name, config.run.folder = name, "runs/{name}"
+    validate(resolve(config))
+    assert config.run.folder == f"runs/{name}"
+
+
+def test_a_folder_without_a_name_is_refused_on_the_command_line() -> None:
+    assert "run.folder='' must be" in complaint("--run.folder", "")
+    assert "run.name='../up' must be" in complaint("--run.name", "../up")

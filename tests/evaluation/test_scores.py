@@ -98,6 +98,11 @@ def test_a_corrupt_file_is_set_aside(tmp_path: Path, text: str) -> None:
     assert ScoreFile(tmp_path, logged.append).records == []
     assert (tmp_path / "scores.json.damaged").read_text() == text
     assert len(logged) == 1 and "set aside as scores.json.damaged" in logged[0]
+    # The next one does not take its place.
+    (tmp_path / "scores.json").write_text("{")
+    ScoreFile(tmp_path, logged.append)
+    assert (tmp_path / "scores.json.damaged").read_text() == text
+    assert (tmp_path / "scores.json.damaged-2").read_text() == "{"
 
 
 def test_values_by_name() -> None:

@@ -100,6 +100,16 @@ def test_a_public_model_comes_in(tmp_path: Path, one_rank: RankPool) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_place_inside_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text("{}")
+    for output in (checkpoint / "imported", checkpoint.with_name("step_00000099")):
+        with pytest.raises(ConfigurationError, match=r"--out .*: lies in the checkpoint.*: choose another folder"):
+            import_model(tmp_path / "source", output, quiet=True)
+        assert not output.exists()
+
+
 def test_an_imported_model_trains_on(tmp_path: Path, one_rank: RankPool, data_cache: str) -> None:
     """Its held-out loss is that of the model it came from, and Adam begins at its first step."""
     source, run = tmp_path / "source", tmp_path / "run"

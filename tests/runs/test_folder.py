@@ -145,3 +145,15 @@ def test_reading_a_run_needs_no_torch(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     assert subprocess.check_output(command, text=True) == "[]\n"
+
+
+def test_a_config_written_by_hand_is_kept(tmp_path: Path) -> None:
+    """A run writes its whole config under this name: the comments of a file of somebody's own would be lost."""
+    run, text = RunFolder(tmp_path), "# mine\nrun: {name: mine}\n"
+    for number, content in ((1, text), (2, "{")):
+        run.config_file.write_text(content)
+        assert run.write_config(Config()) == tmp_path / f"config.before-{number}.yaml"
+        assert (tmp_path / f"config.before-{number}.yaml").read_text() == content
+    # Negative control: what a run wrote is its own.
+    assert run.write_config(Config()) is None
+    assert len(list(tmp_path.iterdir())) == 3

@@ -443,11 +443,16 @@ def test_former_holder_that_writes_over_its_successor(tmp_path: Path) -> None:
 
 
 def test_old_leftovers_are_removed(tmp_path: Path) -> None:
-    for name, age in ((".lock.old", 5000), ("..lock.tmp", 5000), (".lock.young", 10), (".other", 5000)):
+    """And nothing else that is old: `.lock.mine` is a name that this tool does not give."""
+    old, young = ".lock." + "a" * 32, ".lock." + "b" * 32
+    for name, age in (
+        (old, 5000), (old + ".new", 5000), ("..lock.0123456789ab", 5000), ("..lock.tmp_0a1b", 5000), (young, 10),
+        (".other", 5000), (".lock.mine", 5000),
+    ):  # fmt: skip
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     with RunLock(tmp_path):
-        assert lock_files(tmp_path) == [".lock", ".lock.young", ".other"]
+        assert lock_files(tmp_path) == [".lock", young, ".lock.mine", ".other"]
 
 
 def test_fork_does_not_release_its_parents_lock(tmp_path: Path) -> None:

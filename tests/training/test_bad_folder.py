@@ -159,6 +159,51 @@ def test_files_that_may_not_grow(one_rank: RankPool, copy: Path, data_cache: str
     assert len(losses(copy)) == 4
 
 
+def test_folder_that_belongs_to_something_else(refused: Refuse, copy: Path, tmp_path: Path, data_cache: str) -> None:
+    export = tmp_path / "hf"
+    export.mkdir()
+    for name in ("config.json", "parity.json"):
+        (export / name).write_text("{}")
+    newest = copy / "checkpoints" / "step_00000002"
+    shutil.copytree(Path(data_cache) / "tiny", tmp_path / "tiny")
+    for folder, owner in [
+        (newest, f"is the checkpoint {newest}"),
+        (newest / "run", f"lies in the checkpoint {newest}"),
+        (copy / "checkpoints" / "step_00000099", "lies in the checkpoints of a run"),
+        (copy / "checkpoints", "is the checkpoints of a run"),
+        (export, f"is the exported model {export}"),
+        (tmp_path / "tiny" / "run", f"lies in the prepared data {tmp_path / 'tiny'}"),
+    ]:
+        text = refused(folder, kind="ConfigurationError")
+        assert f"run.folder={folder}: {owner}" in text
+        assert folder.exists() is (folder in (newest, copy / "checkpoints", export)), "nothing was made"
+
+
+def test_all_checkpoints_gone(one_rank: RankPool, copy: Path, data_cache: str) -> None:
+    """The run begins anew, and says what has become of its numbers."""
+    before = (copy / "metrics.jsonl").read_bytes()
+    shutil.rmtree(copy / "checkpoints")
+    given = ["--run.folder", str(copy), "--data.cache", data_cache, "--run.steps", "2", "--checkpoint.interval", "1"]
+    assert one_rank.run(attempt, given, True)[0] == ("", 0, "")
+    assert (copy / "metrics.before-1.jsonl").read_bytes() == before
+    assert len(losses(copy)) == 2
+    events = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    assert any("kept in metrics.before-1.jsonl" in event.get("text", "") for event in events)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples.jsonl"])
+def test_a_byte_that_is_no_text_stops_no_resume(one_rank: RankPool, copy: Path, data_cache: str, name: str) -> None:
+    path = copy / name
+    content = path.read_bytes() if path.exists() else b""
+    path.write_bytes(content + b'\xff\xfe\n{"step": 1, "event": "note", "text": "\xff"}\n')
+    given = ["--run.folder", str(copy), "--data.cache", data_cache, "--run.steps", "3"]
+    assert one_rank.run(attempt, given, True)[0] == ("", 0, "")
+    found = path.read_bytes()
+    assert found.startswith(content) and b'"note"' in found, "no other line is lost"
+    if name != "events.jsonl":  # which is not trimmed
+        assert path.with_name(name.replace(".jsonl", ".unreadable.jsonl")).read_bytes() == b"\xff\xfe\n"
+
+
 # -- a folder of another run -----------------------------------------------------------------------------------
 
 

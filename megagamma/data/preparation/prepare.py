@@ -40,6 +40,8 @@ from megagamma.owned import require_own, require_place
 
 logger = logging.getLogger(__name__)
 
+# Names in the hidden folder of unfinished work.
+_WORK = ("parts", "result", "tokenizer.model", "tokenizer.json")
 EMBEDDED_VOCABULARY = {"sotu": 4096, "tiny": 512}
 
 
@@ -139,6 +141,7 @@ def prepare(settings: PrepareSettings) -> Path:
         raise
     fingerprint = _fingerprint(described, shards)
     if _finished(output, fingerprint, settings):
+        _tidy(output)
         return output
     with _lock(output):
         if _finished(output, fingerprint, settings):
@@ -218,6 +221,31 @@ def _lock(output: Path) -> Iterator[None]:
         yield
 
 
+def _tidy(output: Path) -> None:
+    """Delete what a run left that was killed after it had published, unless another process writes there now."""
+    partial = hidden_name(output, "partial")
+    if os.path.lexists(partial):
+        with contextlib.suppress(OSError, ConfigurationError), directory_lock(output, "output"):
+            _remove_partial(partial)
+
+
+def _remove_partial(partial: Path) -> None:
+    """Delete the folder of unfinished work, where it holds nothing else.
+
+    Raises:
+        DataError: naming what else it holds.
+    """
+    if not os.path.lexists(partial):
+        return
+    others = [path.name for path in partial.iterdir() if path.name not in _WORK and path.suffix != ".tmp"]
+    if others:
+        raise DataError(
+            f"output: '{partial}' holds {', '.join(sorted(others)[:4])}, which this tool did not write: move it away, or "
+            "choose another output"
+        )
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 def _log_waiting(output: Path) -> None:
     logger.info("waiting for another process that prepares %s", output)
 
@@ -284,4 +312,5 @@ def _publish(
     write_json(result / "manifest.json", manifest)
     # In the hours that it took, something else may have been put in the output's place: that is never replaced.
     publish_directory(result, output, replace=_is_prepared(output))
-    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(DataError):
+        _remove_partial(partial)
