@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     from megagamma.planning.memory import check_fits
 
     check_fits(config, size)
+    from megagamma.distributed.compat.megatron import preload
     from megagamma.distributed.peers import explain_peer_failure
+
+    preload()
     from megagamma.distributed.runtime import Runtime
     from megagamma.job import train
 

@@ -107,6 +107,9 @@ def _subprocess_outputs(inputs: ParityInputs, threads: int) -> ParityOutputs:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
+    from megagamma.distributed.compat.megatron import preload
+
+    preload()
     return parity_outputs(inputs)
 
 

@@ -20,7 +20,9 @@ from megagamma.testing.ranks import free_port
 def context() -> ForkServerContext:
     """A context whose server has the project's imports done; nothing in them starts a thread."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["torch", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"])
+    found.set_forkserver_preload(
+        ["megagamma.testing.preloaded", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"]
+    )
     return found
 
 

@@ -39,7 +39,10 @@ def _serve(rank: int, size: int, port: int, path: list[str], pipe: Connection) -
     ignore_library_warnings()
     import torch
 
+    from megagamma.distributed.compat.megatron import preload
+
     torch.set_num_threads(1)
+    preload()
     while True:
         try:
             message = pipe.recv()

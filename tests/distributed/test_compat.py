@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -119,3 +121,26 @@ def _printed(arguments: list[str]) -> str:
         _config, engine = build_engine(arguments)
     engine.close()
     return text.getvalue()
+
+
+def test_megatron_is_imported_without_the_compiler() -> None:
+    """And what it decorates is compiled at its first call, once, with its options."""
+    program = (
+        "import sys, torch\n"
+        "from megagamma.distributed.compat.megatron import _compiled_when_called, preload\n"
+        "whole = torch.compile\n"
+        "preload()\n"
+        "from megatron.core.fusions import fused_bias_geglu\n"
+        "print(torch.compile is whole, 'torch._inductor.compile_fx' in sys.modules)\n"
+        "calls = []\n"
+        "torch.compile = lambda function, **options: calls.append(options) or (lambda x: function(x) + 1)\n"
+        "double = _compiled_when_called(backend='eager')(lambda x: 2 * x)\n"
+        "print(len(calls), double(3), double(4), calls, fused_bias_geglu.geglu.__name__)\n"
+        "torch.compile = whole\n"
+        "from torch._inductor import compile_fx\n"
+        "print('torch._inductor.compile_fx' in sys.modules)\n"  # negative control
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines == ["True False", "0 7 9 [{'backend': 'eager'}] geglu", "True"], lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,3 +35,34 @@ def run_on_cpu() -> None:
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random.get_cuda_rng_tracker().states_["model-parallel-rng"] = torch.get_rng_state()
+
+
+def _compiled_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile`, which does nothing before the first call of what it decorates."""
+    if function is None:
+        return functools.partial(_compiled_when_called, **options)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return compiled()(*arguments, **named)
+
+    return call
+
+
+def preload() -> None:
+    """Import Megatron-core without torch's compiler. Optional, and useful before anything else imports Megatron-core.
+
+    Megatron-core decorates functions with `torch.compile` when it is imported. That alone loads the compiler, in about as
+    much time as all the rest, also where none of these functions is ever called, as on a CPU. Here they are compiled when
+    they are first called.
+    """
+    whole = torch.compile
+    torch.compile = _compiled_when_called  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = whole
