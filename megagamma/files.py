@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -69,6 +70,13 @@ def keep_mode(old: Path, new: Path) -> None:
         return
     if before != stat.S_IMODE(os.stat(new).st_mode):
         os.chmod(new, before)
+
+
+def first_free(folder: Path, before: str, after: str = "") -> Path:
+    """The first of BEFORE1AFTER, BEFORE2AFTER, ... that is not there yet."""
+    return next(
+        path for number in itertools.count(1) if not os.path.lexists(path := folder / f"{before}{number}{after}")
+    )
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -234,9 +242,7 @@ class JsonLines:
         if not any(step is None or step > 0 for step in steps):
             return None
         self.close()
-        number = 1
-        while os.path.lexists(new := self.path.with_name(f"{self.path.stem}.before-{number}.jsonl")):
-            number += 1
+        new = first_free(self.path.parent, f"{self.path.stem}.before-", ".jsonl")
         try:
             self.path.rename(new)
             sync_folder(new.parent)

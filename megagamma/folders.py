@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megagamma.errors import ConfigurationError, MegagammaError
-from megagamma.files import advice, keep_mode, require_writable, sync_folder
+from megagamma.files import advice, first_free, keep_mode, require_writable, sync_folder
 from megagamma.owned import LIST, discard, list_own_files, own_files, require_own
 
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux, see renameat2(2)
@@ -142,10 +142,7 @@ def _discard(hidden: Path, successor: Path | None, named: Path) -> None:
     except OSError:
         return  # nothing is lost, and the next start tries again
     if left:
-        number = 1
-        while os.path.lexists(kept := named.with_name(f"{named.name}.kept-{number}")):
-            number += 1
-        hidden.rename(kept)
+        hidden.rename(first_free(named.parent, f"{named.name}.kept-"))
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ import yaml
 from megagamma.config.io import load_config, save_config
 from megagamma.config.schema import Config
 from megagamma.errors import DataError
-from megagamma.files import JsonLines, copy_file, read_json, write_json
+from megagamma.files import JsonLines, copy_file, first_free, read_json, write_json
 
 _STEP_NAME = re.compile(r"step_(\d{8})")
 
@@ -195,9 +195,7 @@ class RunFolder:
         """
         kept = None
         if self.config_file.exists() and not _is_saved_config(self.config_file):
-            number = 1
-            while os.path.lexists(kept := self.path / f"config.before-{number}.yaml"):
-                number += 1
+            kept = first_free(self.path, "config.before-", ".yaml")
             copy_file(self.config_file, kept)
         save_config(config, self.config_file)
         return kept
