@@ -2,10 +2,11 @@
 
 A checkpoint is a folder `checkpoints/step_00001000/` with files `weight-*.safetensors`, `exp_avg-*.safetensors` and
 `exp_avg_sq-*.safetensors`, whose tensors have their logical names and shapes (`megagamma.model.parameters`) whatever
-the layout that wrote them, and `checkpoint.json`: step, samples, config, every file's tensors, size and checksum, and a
-checksum of its own (`megagamma.checkpoint.manifest`). There is no pickle in it. Files are written in a hidden folder and renamed when all are complete, so a
-folder under its final name is whole. `torch.distributed.checkpoint` reads it with its `HuggingFaceStorageReader`; its
-writer is not used, since it wants the whole state at once, where here one tensor at a time is gathered.
+the layout that wrote them, and `checkpoint.json`: step, samples, config, every file's tensors, size and checksum, and
+a checksum of its own (`megagamma.checkpoint.manifest`). There is no pickle in it. Files are written in a hidden folder
+and renamed when all are complete, so a folder under its final name is whole. `torch.distributed.checkpoint` reads it
+with its `HuggingFaceStorageReader`; its writer is not used, since it wants the whole state at once, where here one
+tensor at a time is gathered.
 
 Every rank writes a share of the logical tensors. To do so it gathers one tensor at a time, over the data-parallel
 ranks that ZeRO has partitioned it over and the tensor-parallel ranks that it is split over.

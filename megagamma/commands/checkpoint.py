@@ -59,7 +59,7 @@ def inspect(known: argparse.Namespace) -> dict[str, Any]:
 
 def verify(known: argparse.Namespace) -> dict[str, Any]:
     """Print the state of every file. The error about corruption is left to `main`, which writes the JSON first."""
-    checked = []
+    checked: list[dict[str, Any]] = []
     for folder in checkpoint_folders(known.path, known.step):
         rows = verify_files(folder, full=not known.quick)
         checked.append({"folder": str(folder), "sound": not any(row["problem"] for row in rows), "files": rows})
