@@ -337,6 +337,9 @@ class ValidationConfig:
     """Folder filled by tools/fetch_benchmarks.py, for machines without a network. Default: MEGAGAMMA_MIRROR, or the hub."""
     harness_include_path: str = ""
     """Folder of lm-eval task YAMLs of your own."""
+    trust_tasks: bool = False
+    """The tasks in harness_include_path may run code: their functions, templates and scripts. Without it such tasks are
+    refused, and what they would run is listed."""
 
 
 @dataclass

@@ -84,10 +84,13 @@ class Folder:
             described["files"]["train.idx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         replace(self.index, content)
         replace(self.manifest, json.dumps(described).encode())
+        message = ""
         try:
             corpus = Corpus(self.folder, "train")
         except DataError as error:
-            assert str(self.folder) in str(error) and "\n" not in str(error)
+            message = str(error)
+        if message:
+            assert str(self.folder) in message and "\n" not in message
             assert content != self.valid, "a valid index was refused"
             SEEN["refused"] = SEEN.get("refused", 0) + 1
             return

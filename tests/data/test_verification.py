@@ -137,10 +137,9 @@ def test_an_id_beyond_the_vocabulary(folder: Path) -> None:
         verify_prepared(folder, full=True)
     # Where the start does not read the tokens, the batch that holds it does.
     source = opened(folder, "--data.verify", "index").train
-    epoch = source.blend.samplers[0].windows_per_epoch
+    epoch = range(source.blend.samplers[0].windows_per_epoch)
     with pytest.raises(DataError, match=named + r".*--verify") as raised:
-        for index in range(epoch):
-            source.batch([index])
+        source.batch(epoch)
     assert raised.value.on_one_rank
 
 

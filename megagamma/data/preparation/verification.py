@@ -144,7 +144,7 @@ def _require(path: Path, start: int, holds: np.ndarray, stored: np.ndarray, what
         )
 
 
-def document_ends(path: Path, documents: int, dtype: str) -> np.ndarray:
+def document_ends(path: Path, documents: int) -> np.ndarray:
     """Where each document of a checked .idx ends, in tokens: int64 [documents]."""
     lengths = np.memmap(path, dtype="<i4", mode="r", offset=HEADER.size, shape=(documents,))
     return np.cumsum(lengths, dtype=np.int64)
@@ -160,7 +160,7 @@ def check_tokens(path: Path, counts: dict[str, int], dtype: str, tokenizer: dict
     Raises:
         DataError: naming the file, and the first document whose tokens cannot be right.
     """
-    ends = document_ends(path.with_suffix(".idx"), counts["documents"], dtype)
+    ends = document_ends(path.with_suffix(".idx"), counts["documents"])
     problem = ""
     with open(path, "rb") as opened:
         file = _Hashed(opened)
