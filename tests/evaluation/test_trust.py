@@ -46,10 +46,8 @@ def test_what_would_run_is_listed(hostile: Path) -> None:
 
 def test_commands_refuse_it_before_anything_runs(hostile: Path, tmp_path: Path) -> None:
     include = ["--include_path", str(hostile)]
-    config = parse_config(
-        ["--config", "configs/smoke.yaml", "--validation.harness_tasks", "[b]"]
-        + ["--validation.harness_include_path", str(hostile)]
-    )
+    config = parse_config(["--config", "configs/smoke.yaml", "--validation.harness_tasks", "[b]"])
+    config.validation.harness_include_path = str(hostile)
     for action, option in (
         (lambda: convert_and_eval.main(["--list_tasks", "--tasks", "b", *include]), "--trust_tasks"),
         (lambda: fetch_benchmarks.main(["--tasks", "b", "--mirror", str(tmp_path / "m"), *include]), "--trust_tasks"),
@@ -62,8 +60,6 @@ def test_commands_refuse_it_before_anything_runs(hostile: Path, tmp_path: Path) 
     # Trusted, it does run: so the file is what shows it. lm-eval has no words for what the last two are.
     for name in ("d.yaml", "e.yaml"):
         (hostile / name).unlink()
-    with pytest.raises(EvaluationError):  # metadata that is no value: after the function was imported
-        convert_and_eval.main(["--list_tasks", "--tasks", "b", "nothing", *include, "--trust_tasks"])
     convert_and_eval.main(["--list_tasks", "--tasks", "b", *include, "--trust_tasks"])
     assert (tmp_path / "ran").exists()
 
