@@ -85,6 +85,10 @@ def build_parser() -> argparse.ArgumentParser:
         "prompt (default quick)",
     )  # fmt: skip
     score.add_argument("--include_path", type=Path, help="folder of task YAMLs of your own")
+    score.add_argument(
+        "--trust_tasks", action="store_true",
+        help="let the tasks of --include_path run their functions, templates and scripts (default: refuse, and list them)",
+    )  # fmt: skip
     score.add_argument("--limit", type=float, help="documents of each task, or a share below 1 (default: all)")
     score.add_argument("--mirror", type=Path, help="folder of data sets in place of the hub (or MEGAGAMMA_MIRROR)")
     score.add_argument("--batch_size", default="8", help="requests in one pass, or auto on a GPU (default 8)")
@@ -325,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     if known.list_tasks:
         from megagamma.evaluation.tasks import check, describe
 
-        print("\n".join(describe(check(known.tasks, known.include_path, known.mirror))))
+        print("\n".join(describe(check(known.tasks, known.include_path, known.mirror, known.trust_tasks))))
         return 0
     jobs = find_jobs(known)
     if not known.eval_only and accelerate_world_size() > 1 and any(job.checkpoint for job in jobs):
@@ -337,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
         from megagamma.evaluation.tasks import check
 
-        plan = check(known.tasks, known.include_path, known.mirror)
+        plan = check(known.tasks, known.include_path, known.mirror, known.trust_tasks)
         check_scoring(jobs, known)
     import torch
 

@@ -23,6 +23,7 @@ import yaml
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.evaluation.mirror import HEADER, VARIABLE, folder_of, header, holds
 from megagamma.evaluation.tasks import TaskRequest, dataset_configs, plan
+from megagamma.evaluation.trust import require_trust
 from megagamma.files import advice, require_writable
 from megagamma.folders import directory_lock, hidden_name, publish_directory, recover_directory
 from megagamma.owned import list_own_files
@@ -136,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="presets, tasks, groups or tags")
     parser.add_argument("--mirror", type=Path, help=f"folder to fill (default: the environment's {VARIABLE})")
     parser.add_argument("--include_path", type=Path, help="folder of task YAMLs of your own")
+    parser.add_argument("--trust_tasks", action="store_true", help="let the tasks of --include_path run their code")
     parser.add_argument(
         "--revision", nargs="*", default=[], metavar="SET=REVISION", help="pin sets to a branch, tag or commit"
     )
@@ -146,6 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigurationError(f"--mirror is missing, and {VARIABLE} is not set: give the folder to fill")
     root = Path(asked).expanduser().resolve()
     pinned = revisions(known.revision)
+    if known.include_path:
+        require_trust(known.include_path, known.trust_tasks, "--trust_tasks")
     found = plan(TaskRequest(known.tasks, known.include_path))
     wanted = dataset_configs(found)
     names = list(wanted)

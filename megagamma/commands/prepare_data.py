@@ -70,6 +70,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep only the first of documents with exactly the same text",
     )
 
+    group.add_argument(
+        "--max_document_megabytes",
+        type=float,
+        default=defaults.source.max_document_bytes / 2**20,
+        metavar="MB",
+        help="longest document, line or JSON file that is read, held in memory several times over (default: 1024)",
+    )
+    group.add_argument(
+        "--max_ratio",
+        type=float,
+        default=defaults.source.max_ratio,
+        metavar="N",
+        help="most bytes of text behind a byte of a compressed file, beyond 1 GiB of text (default: 200)",
+    )
+
     group = parser.add_argument_group("tokenizer (give one; an embedded corpus has a default)")
     group.add_argument("--tokenizer", metavar="FILE", help="an existing SentencePiece .model")
     group.add_argument(
@@ -142,12 +157,16 @@ def settings_from(options: argparse.Namespace) -> PrepareSettings:
     separator = options.document_separator
     if separator is not None:
         separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+    for name in ("max_document_megabytes", "max_ratio"):
+        if not 0 < getattr(options, name) < 2**40:
+            raise ConfigurationError(f"--{name} {getattr(options, name):g} must be above 0 and below 2^40")
     output = options.output or (os.path.join("data", options.corpus) if options.corpus else None)
     if output is None:
         raise ConfigurationError("output: not given: name the folder to create with --output DIR")
     source = Source(
         options.corpus, tuple(options.input), options.format, options.text_field, separator,
         options.hf_dataset, options.hf_config, options.hf_split, options.streaming,
+        int(options.max_document_megabytes * 2**20), options.max_ratio,
     )  # fmt: skip
     return PrepareSettings(
         output, source, options.tokenizer, options.vocab_size, options.validation_fraction,

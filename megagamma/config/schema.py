@@ -209,6 +209,11 @@ class DataConfig:
     """Let no token attend to an earlier document of its window."""
     mask_eod_loss: bool = False
     """No loss where the input is an end-of-document token, whose successor belongs to an unrelated document."""
+    verify: Literal["auto", "index", "full"] = "auto"
+    """What of the token files is checked at the start. index: sizes and every number of the indices. full: also the
+    checksum of all tokens, by one process per host, at some 0.25 to 1.5 GB/s; above an hour of it, raise
+    run.timeout_minutes. auto: full for folders of up to 1 GiB, index for larger ones. The ids of every batch are checked
+    in any case."""
 
 
 @dataclass
@@ -332,6 +337,9 @@ class ValidationConfig:
     """Folder filled by tools/fetch_benchmarks.py, for machines without a network. Default: MEGAGAMMA_MIRROR, or the hub."""
     harness_include_path: str = ""
     """Folder of lm-eval task YAMLs of your own."""
+    trust_tasks: bool = False
+    """The tasks in harness_include_path may run code: their functions, templates and scripts. Without it such tasks are
+    refused, and what they would run is listed."""
 
 
 @dataclass

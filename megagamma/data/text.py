@@ -31,8 +31,9 @@ class Corpus:
         DataError: whatever `verify_prepared` finds, or a split that the folder does not have.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
-        manifest = verify_prepared(folder)
+    def __init__(self, folder: str | Path, split: str = "train", manifest: dict | None = None) -> None:
+        """Args: manifest: what `verify_prepared` returned, where the folder has just been checked."""
+        manifest = manifest or verify_prepared(folder)
         if split not in manifest["splits"]:
             raise DataError(
                 f"data: '{folder}' has no split '{split}' (it has {', '.join(manifest['splits'])}): "
@@ -58,6 +59,25 @@ class Corpus:
         """Tokens [start, stop) of all documents joined in file order; a view of the file."""
         index = self.dataset.index
         return self.dataset.bin_reader.read(dtype=index.dtype, count=stop - start, offset=start * index.dtype_size)
+
+    def is_valid(self, tokens: np.ndarray) -> bool:
+        """Whether all ids are in the vocabulary."""
+        return len(tokens) == 0 or (int(tokens.max()) < self.vocab_size and int(tokens.min()) >= 0)
+
+    def refuse(self, tokens: np.ndarray, document: int) -> None:
+        """Refuse tokens of a document when an id is not in the vocabulary.
+
+        Raises:
+            DataError: naming the file, the document and the id.
+        """
+        if not self.is_valid(tokens):
+            wrong = tokens[(tokens >= self.vocab_size) | (tokens < 0)][0]
+            error = DataError(
+                f"data: '{self.dataset.path_prefix}.bin': document {document:,} has token id {int(wrong)}, the vocabulary has "
+                f"0 to {self.vocab_size - 1}: the file is corrupt: `tools/prepare_data.py --verify {self.folder}` checks it"
+            )
+            error.on_one_rank = True  # other ranks read other samples
+            raise error
 
 
 def keyed_permutation(count: int, *key: object) -> np.ndarray:
@@ -121,7 +141,11 @@ class CorpusSampler:
         return self._epochs[epoch]
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Sample `index` (0, 1, ... without end): int64 [sequence_length + 1]."""
+        """Sample `index` (0, 1, ... without end): int64 [sequence_length + 1].
+
+        Raises:
+            DataError: an id is not in the vocabulary; names the file and the document.
+        """
         epoch, position = divmod(int(index), self.windows_per_epoch)
         documents, bounds, windows = self._epoch(epoch)
         window = windows[position]
@@ -135,4 +159,8 @@ class CorpusSampler:
             end = stop + 1 if place == last else int(self.corpus.document_lengths[document])
             sample[filled : filled + end - begin] = self.corpus.read(document, begin, end)
             filled += end - begin
+        if not self.corpus.is_valid(sample):
+            for document in documents[first : last + 1].tolist():
+                length = int(self.corpus.document_lengths[document])
+                self.corpus.refuse(self.corpus.read(document, 0, length), document)
         return sample

@@ -105,6 +105,8 @@ class TextEvaluation:
         for row, index in enumerate(ids):
             start = min(index * length, self.tokens)
             tokens = self.corpus.stream(start, min(start + length + 1, self.tokens))
+            if not self.corpus.is_valid(tokens):
+                self._refuse(start, start + len(tokens))
             rows[row, : len(tokens)] = tokens
             valid[row] = max(0, len(tokens) - 1)
         batch = collate(rows, self.corpus.eos_id, **self.options)
@@ -112,6 +114,14 @@ class TextEvaluation:
         batch.loss_mask *= torch.from_numpy(inside)
         batch.label_bytes = torch.from_numpy(self._token_bytes[rows[:, 1:]] * inside)
         return batch
+
+    def _refuse(self, start: int, stop: int) -> None:
+        """Raise for the first of the split's tokens [start, stop) that is not in the vocabulary."""
+        ends = np.cumsum(self.corpus.document_lengths, dtype=np.int64)
+        first, last = np.searchsorted(ends, (start, stop - 1), side="right").tolist()
+        for document in range(first, last + 1):
+            begin, end = (int(ends[document - 1]) if document else 0), int(ends[document])
+            self.corpus.refuse(self.corpus.stream(max(start, begin), min(stop, end)), document)
 
     def measure(self, batch: Batch, output: Tensor) -> Tensor:
         """Nats, tokens and bytes of a batch; output: the loss per token [b, s]."""

@@ -89,9 +89,9 @@ def restore_error(about: dict[str, Any], where: str = "") -> MegagammaError:
     Args:
         where: put before the message.
     """
-    kind = getattr(errors, about["kind"], None)
-    ours = isinstance(kind, type) and issubclass(kind, MegagammaError)
-    error: MegagammaError = (kind if ours else DistributedError)(where + about["message"])
+    found = getattr(errors, about["kind"], None)
+    kind = found if isinstance(found, type) and issubclass(found, MegagammaError) else DistributedError
+    error = kind(where + about["message"])
     if about["on_one_rank"]:
         error.on_one_rank = True
     return error

@@ -13,13 +13,20 @@ def check_harness(config: Config) -> None:
     """Check, before anything is built, that the tasks exist and that the mirror has their data. Reads no data set.
 
     Raises:
-        EvaluationError: unknown names with the nearest ones, or sets that are missing and how to get them.
+        EvaluationError: unknown names with the nearest ones, tasks that are not trusted, or sets that are missing and how
+            to get them.
     """
     options = config.validation
     if options.harness_tasks:
         from megagamma.evaluation.tasks import check
 
-        check(options.harness_tasks, options.harness_include_path, options.harness_mirror)
+        check(
+            options.harness_tasks,
+            options.harness_include_path,
+            options.harness_mirror,
+            options.trust_tasks,
+            "--validation.trust_tasks true",
+        )
 
 
 class BenchmarkScoring(Callback):

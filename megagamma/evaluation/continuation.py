@@ -36,6 +36,11 @@ metadata:
 """
 
 
+def is_own_task(content: bytes) -> bool:
+    """Whether a file is, to the byte, the task that `write_continuation` writes."""
+    return content == _YAML.encode()
+
+
 def _words(text: str, start: int, count: int) -> tuple[str, int]:
     """`count` words from the first one that begins at or after `start`, with the space before them; where they end."""
     start = text.index(" ", start)

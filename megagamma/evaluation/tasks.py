@@ -17,6 +17,7 @@ from typing import Any
 from megagamma.errors import EvaluationError
 from megagamma.evaluation import compat, mirror
 from megagamma.evaluation.scores import reason
+from megagamma.evaluation.trust import require_trust
 
 # Where a few-shot count comes from. The counts of the paper (arXiv 2606.17945) are not known to us.
 YAML = "the task's own YAML in lm-eval"
@@ -336,12 +337,23 @@ def describe(plan: Plan) -> list[str]:
     return [f"{task.name}: {task.fewshot}-shot ({task.fewshot_source})" for task in plan.tasks]
 
 
-def check(names: list[str], include_path: str | Path | None, root: str | Path | None) -> Plan:
+def check(
+    names: list[str],
+    include_path: str | Path | None,
+    root: str | Path | None,
+    trusted: bool = False,
+    trust_option: str = "--trust_tasks",
+) -> Plan:
     """Everything about a request that can be checked before a model is there: names, and the mirror's data sets.
 
+    Args:
+        trusted: whether the tasks in `include_path` may run code of their author; `trust_option` says so.
+
     Raises:
-        EvaluationError: unknown names, or data sets that the mirror lacks.
+        EvaluationError: unknown names, tasks that are not trusted, or data sets that the mirror lacks.
     """
+    if include_path:
+        require_trust(include_path, trusted, trust_option)
     request = TaskRequest(names, Path(include_path) if include_path else None)
     ready = plan(request)
     mirror.require(mirror.find_mirror(root), ready.datasets, request.expanded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class HuggingFaceWeights:
             places = read_json(index).get("weight_map")
             if not isinstance(places, dict):
                 raise ConfigurationError(f"{index}: weight_map is missing: copy the folder again")
+            if not all(isinstance(file, str) and file == Path(file).name for file in places.values()):
+                raise ConfigurationError(f"{index}: weight_map must give names of files in its folder: copy it again")
             files = sorted(set(places.values()))
         self._files: dict[str, Path] = {}
         for file in files:
@@ -85,6 +88,17 @@ def _headwise(weights: HuggingFaceWeights, values: dict[str, Any]) -> bool:
         if pair.shape[1] == 1 or not bool((pair == pair[:, :1]).all()):
             return False
     return True
+
+
+def _check_layers(weights: HuggingFaceWeights, values: dict[str, Any]) -> None:
+    """Refuse a number of layers that the weights do not have, before anything is done for each of them."""
+    count = values.get("num_hidden_layers")
+    layers = {found[1] for name in weights.names() if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    if isinstance(count, int) and count > len(layers):
+        raise ConfigurationError(
+            f"{weights.folder}: num_hidden_layers={count}, and its weights have {len(layers)} layers: its config.json and "
+            "weights do not belong together"
+        )
 
 
 def _check_tensors(weights: HuggingFaceWeights, config: Config, source: Format) -> None:
@@ -145,6 +159,7 @@ def import_model(
     weights = HuggingFaceWeights(folder)
     if values.get("model_type") == "lfm3":
         weights.rename("self_attn.gate_proj", "self_attn.g_proj")
+    _check_layers(weights, values)
     try:
         model, source, context_length = import_config(values, lambda: _headwise(weights, values))
     except KeyError as error:

@@ -265,6 +265,8 @@ def _report_start(session: Session, resume: _Resume | None, warning: str | None,
     reporter = session.reporter
     if warning:
         reporter.warn(warning)
+    if session.data.checked:
+        reporter.print(session.data.checked)
     for line in describe_groups(session.engine.map, session.config.optimizer):
         reporter.print(line)
     if resume is not None:

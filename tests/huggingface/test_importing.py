@@ -194,6 +194,10 @@ def test_gates_are_told_apart_by_every_layer(tmp_path: Path, one_rank: RankPool,
         ({"layer_types": ["full_attention", "sliding_attention"]}, "must be full_attention everywhere"),
         ({"hidden_size": 64}, "has shape"),
         ({"num_hidden_layers": 1, "layer_types": None}, "do not belong together"),
+        (
+            {"num_hidden_layers": 10**8, "layer_types": None},
+            "num_hidden_layers=100000000, and its weights have 2 layers",
+        ),
         ({"num_attention_heads": "4"}, "num_attention_heads='4': must be a whole number"),
     ],
 )
@@ -228,6 +232,10 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ConfigurationError, match="weight_map is missing"):
         import_model(folder, tmp_path / "run")
+    for other in ("../../secret.safetensors", 3, ["a"]):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": other}}))
+        with pytest.raises(ConfigurationError, match="must give names of files in its folder"):
+            import_model(folder, tmp_path / "run")
     (folder / "model.safetensors.index.json").unlink()
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

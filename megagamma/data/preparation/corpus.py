@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def _expand(inputs: tuple[str, ...], any_extension: bool) -> list[str]:
         elif path.exists():
             files = [entry]
         elif glob.has_magic(entry):
-            files = sorted(name for name in glob.glob(entry, recursive=True) if os.path.isfile(name))
+            files = _matches(entry)
             if not files:
                 raise DataError(f"inputs: glob '{entry}' matches no file: check the pattern (quote it in a shell)")
         else:
@@ -146,6 +147,24 @@ def _expand(inputs: tuple[str, ...], any_extension: bool) -> list[str]:
         for name in files:
             found.setdefault(os.path.realpath(name), name)
     return list(found.values())
+
+
+def _matches(pattern: str) -> list[str]:
+    """Files that a glob matches, sorted. It follows links to folders, which may lead back."""
+    files: list[str] = []
+    for name in glob.iglob(pattern, recursive=True):
+        if not os.path.isdir(name):
+            files.append(name)
+        # Looked at now and then: at 4,096 files, and at each doubling.
+        if (
+            len(files) >= 4096
+            and len(files).bit_count() == 1
+            and len({*map(os.path.realpath, files)}) * 16 < len(files)
+        ):
+            raise DataError(
+                f"inputs: glob '{pattern}' matches the same files again and again: links lead back to its folders"
+            )
+    return sorted(files)
 
 
 def _supported() -> str:
@@ -164,6 +183,8 @@ def _classify(path: str) -> tuple[str, str]:
 def _file_shards(path: str, source: Source, shard_bytes: int) -> list[Shard]:
     try:
         status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # before it is opened: a pipe would wait for a writer
+            raise DataError(f"inputs: '{path}' is a pipe, socket or device: give regular files")
         with open(path, "rb"):
             pass
     except OSError as error:

@@ -16,13 +16,22 @@ import hashlib
 import itertools
 import json
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from megagamma.data.preparation.verification import (
+    DTYPE_CODES,
+    FIX,
+    HEADER,
+    MAGIC,
+    SPLITS,
+    check_index,
+    check_manifest,
+    check_tokens,
+)
 from megagamma.errors import DataError
 from megagamma.files import advice
 
@@ -31,11 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT = "megagamma.prepared"
 FORMAT_VERSION = 1
-SPLITS = ("train", "validation")
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_CODES = {"int32": 4, "uint16": 8}  # Megatron's numbers for the types written here
 DOCUMENT_RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8")])
 _COPY_TOKENS = 1 << 23
 
@@ -182,7 +187,7 @@ def index_bytes(lengths: np.ndarray, dtype: str) -> bytes:
     count = len(lengths)
     pointers = np.zeros(count, dtype="<i8")
     pointers[1:] = np.cumsum(lengths[:-1]) * np.dtype(dtype).itemsize
-    header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype], count, count + 1)
+    header = HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype], count, count + 1)
     ends = np.arange(count + 1, dtype="<i8")
     return header + lengths.astype("<i4").tobytes() + pointers.tobytes() + ends.tobytes()
 
@@ -208,7 +213,7 @@ def read_manifest(folder: str | Path) -> dict:
         manifest = json.loads((folder / "manifest.json").read_text())
     except FileNotFoundError as error:
         raise DataError(f"data: '{folder}' has no manifest.json, so it is not a prepared folder: {fix}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"data: '{folder}/manifest.json' cannot be read ({error}): {fix} --overwrite") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"data: '{folder}/manifest.json' is not a manifest of prepared text: {fix}")
@@ -217,21 +222,21 @@ def read_manifest(folder: str | Path) -> dict:
             f"data: '{folder}' has format version {manifest.get('format_version')}, this program reads "
             f"{FORMAT_VERSION}: {fix} again"
         )
+    check_manifest(folder, manifest)
     return manifest
 
 
 def verify_prepared(folder: str | Path, full: bool = False) -> dict:
     """Check a prepared folder and return its manifest.
 
-    Always: every file is there with the manifest's size, each .idx is Megatron's and fits its .bin and the
-    manifest, and the tokenizer's fingerprint is the manifest's. With `full`, also the sha256 of every file.
+    Always: every file is there with the manifest's size, every number of each .idx is what its .bin and the manifest
+    say, and the tokenizer's fingerprint is the manifest's. With `full`, also the tokens, see `check_tokens`.
 
     Raises:
         DataError: naming the file, what it is, what it should be and what to do.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    fix = "the file is corrupt: copy it again or prepare the folder again with --overwrite"
     for name in [*manifest["files"], "tokenizer.model"]:
         path = folder / name
         if not path.is_file():
@@ -240,9 +245,13 @@ def verify_prepared(folder: str | Path, full: bool = False) -> dict:
         expected = manifest["files"].get(name, {}).get("bytes", size)  # the tokenizer has its fingerprint instead
         if size != expected:
             state = "truncated" if size < expected else "too long"
-            raise DataError(f"data: '{path}' is {state}: {size:,} bytes, the manifest says {expected:,}: {fix}")
+            raise DataError(f"data: '{path}' is {state}: {size:,} bytes, the manifest says {expected:,}: {FIX}")
     for split, counts in manifest["splits"].items():
-        _verify_index(folder, split, counts, manifest, fix)
+        size = counts["tokens"] * np.dtype(manifest["dtype"]).itemsize
+        if manifest["files"][f"{split}.bin"]["bytes"] != size:
+            raise DataError(f"data: '{folder}/{split}.bin' must have {size:,} bytes by the manifest's tokens: {FIX}")
+        index = folder / f"{split}.idx"
+        check_index(index, counts, manifest["dtype"], manifest["files"][index.name]["sha256"])
     fingerprint = sha256_file(folder / "tokenizer.model")
     if fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise DataError(
@@ -252,38 +261,8 @@ def verify_prepared(folder: str | Path, full: bool = False) -> dict:
             "or prepare the folder again"
         )
     if full:
-        for name, expected in manifest["files"].items():
-            if sha256_file(folder / name) != expected["sha256"]:
-                raise DataError(f"data: '{folder / name}' does not have the manifest's sha256: {fix}")
+        for split, counts in manifest["splits"].items():
+            path = folder / f"{split}.bin"
+            expected = manifest["files"][path.name]["sha256"]
+            check_tokens(path, counts, manifest["dtype"], manifest["tokenizer"], expected)
     return manifest
-
-
-def _verify_index(folder: Path, split: str, counts: dict, manifest: dict, fix: str) -> None:
-    """Hold a split's .idx against its .bin and the manifest, reading only its ends."""
-    path = folder / f"{split}.idx"
-    with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-        try:
-            magic, version, code, count, ends = _HEADER.unpack(head)
-        except struct.error:
-            magic, version, code, count, ends = b"", 0, 0, 0, 0
-        if magic != _MAGIC or version != 1:
-            raise DataError(f"data: '{path}' is not a Megatron index of version 1: {fix}")
-        if code != _DTYPE_CODES[manifest["dtype"]] or count != counts["documents"] or ends != count + 1:
-            raise DataError(
-                f"data: '{path}' says type {code} and {count:,} documents, the manifest says "
-                f"{manifest['dtype']} (type {_DTYPE_CODES[manifest['dtype']]}) and "
-                f"{counts['documents']:,}: {fix}"
-            )
-        file.seek(_HEADER.size + 4 * (count - 1))
-        length = struct.unpack("<i", file.read(4))[0]
-        file.seek(_HEADER.size + 4 * count + 8 * (count - 1))
-        pointer = struct.unpack("<q", file.read(8))[0]
-    itemsize = np.dtype(manifest["dtype"]).itemsize
-    size = (folder / f"{split}.bin").stat().st_size
-    if pointer + length * itemsize != size or size != counts["tokens"] * itemsize:
-        raise DataError(
-            f"data: '{folder}/{split}.bin' has {size:,} bytes, its .idx ends at "
-            f"{pointer + length * itemsize:,} and "
-            f"the manifest at {counts['tokens'] * itemsize:,}: {fix}"
-        )

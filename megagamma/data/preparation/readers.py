@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from megagamma.data.preparation.source import EmptyFileError, Shard, Source
 from megagamma.errors import DataError
 
 _BLOCK = 1 << 20
+_ZSTD_INPUT = 2048  # bytes: each may stand for 32,768 of a run, all of which are held in memory
+_RATIO_FROM = 1 << 30  # bytes of text, below which no ratio is too high: some text is repetitive
 _BLANK_LINES = re.compile(rb"(?:\r?\n[ \t]*){2,}(?:\r?\n)?")
 
 
@@ -37,7 +40,7 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            chunk = self._compressed or self._raw.read(_BLOCK)
+            chunk = self._compressed or self._raw.read(_ZSTD_INPUT)
             self._compressed = b""
             if not chunk:
                 if self._frame is not None:
@@ -66,6 +69,67 @@ def open_bytes(path: str, compression: str) -> IO[bytes]:
     return io.BufferedReader(_ZstdReader(raw), _BLOCK) if compression == "zst" else raw
 
 
+class _Growth:
+    """Counts the text of a file, and stops one that grows beyond all reason."""
+
+    def __init__(self, path: str, source: Source) -> None:
+        self.path, self.most = path, source.max_ratio
+        self.stored, self.text = max(1, os.stat(path).st_size), 0
+
+    def add(self, count: int) -> None:
+        self.text += count
+        if self.text > _RATIO_FROM and self.text > self.most * self.stored:
+            raise DataError(
+                f"inputs: '{self.path}' has {self.stored:,} bytes and gave {self.text:,} so far, more than "
+                f"max_ratio={self.most:g} times as many: raise --max_ratio if that is right"
+            )
+
+
+class _Bounded(io.RawIOBase):
+    """A decompressed stream under `_Growth`."""
+
+    def __init__(self, stream: IO[bytes], growth: _Growth) -> None:
+        self._stream, self._growth = stream, growth
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self._growth.add(len(data))
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _open(shard: Shard, source: Source) -> IO[bytes]:
+    stream = open_bytes(shard.path, shard.compression)
+    if not shard.compression:
+        return stream
+    return io.BufferedReader(_Bounded(stream, _Growth(shard.path, source)), _BLOCK)
+
+
+def _too_long(place: str, source: Source) -> DataError:
+    return DataError(
+        f"{place} is longer than max_document_megabytes={source.max_document_bytes / 2**20:g}: cut it, or raise "
+        "--max_document_megabytes"
+    )
+
+
+def _read_whole(stream: IO[bytes], path: str, source: Source) -> bytes:
+    """All of a file that is one document."""
+    blocks, size = [], 0
+    while block := stream.read(_BLOCK):
+        size += len(block)
+        if size > source.max_document_bytes:
+            raise _too_long(f"inputs: '{path}'", source)
+        blocks.append(block)
+    return b"".join(blocks)
+
+
 def is_empty_decompressed(path: str, compression: str) -> bool:
     """Whether a compressed file holds no byte. What cannot be read is not empty: reading it names what is wrong."""
     try:
@@ -89,6 +153,11 @@ def read_file(shard: Shard, source: Source) -> Iterator[str]:
     readers = {"txt": _read_text, "jsonl": _read_json_lines, "json": _read_json, "parquet": _read_parquet}
     try:
         yield from readers[shard.format](shard, source)
+    except MemoryError as error:
+        raise DataError(
+            f"inputs: '{shard.path}' has a document that does not fit in memory: cut it, or lower "
+            "--max_document_megabytes to have it named"
+        ) from error
     except _damage() as error:
         raise DataError(
             f"inputs: '{shard.path}' is truncated or not {shard.compression} data ({error}): fetch or compress it again"
@@ -142,11 +211,11 @@ def _text_of(record: Any, source: Source, place: str) -> str:
 
 
 def _read_text(shard: Shard, source: Source) -> Iterator[str]:
-    with open_bytes(shard.path, shard.compression) as stream:
+    with _open(shard, source) as stream:
         offset = 0
         separator = source.document_separator
         if separator is None:
-            data = stream.read()
+            data = _read_whole(stream, shard.path, source)
             if data.startswith(codecs.BOM_UTF8):
                 data, offset = data[3:], 3
             yield _decode(data, shard.path, offset)
@@ -157,7 +226,8 @@ def _read_text(shard: Shard, source: Source) -> Iterator[str]:
         if pending.startswith(codecs.BOM_UTF8):
             pending, offset = pending[3:], 3
         while True:
-            block = stream.read(_BLOCK)
+            # As much again as is pending, so that a long document is not searched again for each block of it.
+            block = stream.read(max(_BLOCK, len(pending)))
             done = 0
             for match in pattern.finditer(pending):
                 # A run of blank lines that touches the end of what is read may continue in the next block.
@@ -166,6 +236,8 @@ def _read_text(shard: Shard, source: Source) -> Iterator[str]:
                 yield from _between(pending[done : match.start()], shard.path, offset + done, blank)
                 done = match.end()
             pending, offset = pending[done:], offset + done
+            if len(pending) > source.max_document_bytes:
+                raise _too_long(f"inputs: '{shard.path}': the document at byte {offset}", source)
             if not block:
                 break
             pending += block
@@ -179,19 +251,25 @@ def _between(data: bytes, path: str, offset: int, blank: bool) -> Iterator[str]:
 
 
 def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
-    with open_bytes(shard.path, shard.compression) as stream:
+    with _open(shard, source) as stream:
         offset = shard.start
         if offset:
             # A line belongs to the range in which it starts: step back one byte, so that a line which
             # starts exactly at `start` is kept, and drop the rest of the line before.
             stream.seek(offset - 1)
-            offset += len(stream.readline()) - 1
+            offset -= 1
+            while rest := stream.readline(_BLOCK):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
         number = 0
         while shard.stop is None or offset < shard.stop:
-            line = stream.readline()
+            line = stream.readline(source.max_document_bytes + 1)
             if not line:
                 return
             number += 1
+            if len(line) > source.max_document_bytes:
+                raise _too_long(_line(shard, number), source)
             content = line.removeprefix(codecs.BOM_UTF8) if offset == 0 else line
             text = _decode(content, shard.path, offset + len(line) - len(content))
             if text.strip():
@@ -200,6 +278,8 @@ def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
                 except json.JSONDecodeError as error:
                     problem = f" is not JSON ({error.msg} at column {error.colno}): fix or remove the line"
                     raise DataError(_line(shard, number) + problem) from error
+                except (RecursionError, ValueError) as error:
+                    raise DataError(f"{_line(shard, number)} {_unreadable_json(error)}: remove the line") from error
                 except DataError as error:
                     raise DataError(f"{_line(shard, number)}{error}") from error
                 yield document
@@ -218,9 +298,16 @@ def _line(shard: Shard, number: int) -> str:
     return f"inputs: '{shard.path}' line {number}"
 
 
+def _unreadable_json(error: Exception) -> str:
+    """Why Python's parser refuses what may be JSON."""
+    if isinstance(error, RecursionError):
+        return "is JSON that is nested too deep"
+    return f"is JSON that cannot be held ({str(error).split(';')[0]})"
+
+
 def _read_json(shard: Shard, source: Source) -> Iterator[str]:
-    with open_bytes(shard.path, shard.compression) as stream:
-        text = _decode(stream.read().removeprefix(codecs.BOM_UTF8), shard.path, 0)
+    with _open(shard, source) as stream:
+        text = _decode(_read_whole(stream, shard.path, source).removeprefix(codecs.BOM_UTF8), shard.path, 0)
     place = f"inputs: '{shard.path}'"
     try:
         value = json.loads(text)
@@ -228,6 +315,8 @@ def _read_json(shard: Shard, source: Source) -> Iterator[str]:
         raise DataError(
             f"{place} line {error.lineno} is not JSON ({error.msg} at column {error.colno}): fix the file"
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{place} {_unreadable_json(error)}: fix the file") from error
     if isinstance(value, dict):
         # Either columns, {"text": [...], ...}, or records under one name, {"data": [{...}, ...]}.
         columns = value.get(source.text_field)
@@ -246,14 +335,14 @@ def _read_json(shard: Shard, source: Source) -> Iterator[str]:
         yield _text_of(record, source, f"{place} record {index}")
 
 
-def _open_parquet(path: str, compression: str = "") -> Any:
+def _open_parquet(path: str, shard: Shard | None = None, source: Source | None = None) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        if compression:
-            with open_bytes(path, compression) as stream:
-                return pyarrow.parquet.ParquetFile(io.BytesIO(stream.read()))
+        if shard and source and shard.compression:
+            with _open(shard, source) as stream:
+                return pyarrow.parquet.ParquetFile(io.BytesIO(_read_whole(stream, path, source)))
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise DataError(
@@ -272,7 +361,7 @@ def parquet_row_groups(path: str) -> list[int]:
 def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
     import pyarrow
 
-    file = _open_parquet(shard.path, shard.compression)
+    file, growth = _open_parquet(shard.path, shard, source), _Growth(shard.path, source)
     names = file.schema_arrow.names
     place = f"inputs: '{shard.path}'"
     if source.text_field not in names:
@@ -281,7 +370,12 @@ def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
     try:
         for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[source.text_field]):
             for value in batch.column(0).to_pylist():
-                yield _check_text(value, source, f"{place} row groups {groups.start} to {groups.stop - 1}")
+                where = f"{place} row groups {groups.start} to {groups.stop - 1}"
+                text = _check_text(value, source, where)
+                if len(text) > source.max_document_bytes:
+                    raise _too_long(f"{where}: a cell", source)
+                growth.add(len(text))
+                yield text
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{place} is corrupt ({error}): fetch or write it again") from error
 

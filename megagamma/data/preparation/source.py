@@ -35,6 +35,13 @@ class Source:
     """Read the Hugging Face data set as a stream, without a local copy; its own shards bound the
     parallelism."""
 
+    max_document_bytes: int = 1 << 30
+    """Longest document, line or JSON file that is read. It is held in memory, several times over. A text file without a
+    separator is one document."""
+    max_ratio: float = 200.0
+    """Most bytes of text behind one byte of a compressed file, looked at beyond 1 GiB of text. Text compresses to a
+    twentieth at best, and an archive that is made to fill a disk to a thousandth or less."""
+
     def describe(self) -> dict:
         """The source as plain data for a manifest, without what does not apply."""
         if self.corpus:
