@@ -285,22 +285,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--repeats", type=int, default=12, help="measured calls of each side (default 12)")
     parser.add_argument("--json", help="write the numbers to this file too")
-    known, rest = parser.parse_known_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
     results: dict[str, Any] = {}
-    for which in known.which or names:
+    for which in args.which or names:
         if which not in names:
             parser.error(f"{which} is not a benchmark: use {', '.join(names)}")
         if which == "init":
-            results[which] = benchmark_init(known.repeats)
+            results[which] = benchmark_init(args.repeats)
         elif which == "train":
-            results[which] = benchmark_train(known.repeats, rest)
+            results[which] = benchmark_train(args.repeats, rest)
         elif which == "convert":
-            results[which] = benchmark_convert(max(3, known.repeats // 3), rest)
+            results[which] = benchmark_convert(max(3, args.repeats // 3), rest)
         else:
-            results[which] = benchmark_checkpoint(max(3, known.repeats // 3), rest)
+            results[which] = benchmark_checkpoint(max(3, args.repeats // 3), rest)
         print(which, json.dumps(results[which]), flush=True)
-    if known.json:
+    if args.json:
         from megagamma.files import write_json
 
-        write_json(known.json, results)
+        write_json(args.json, results)
     return 0

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megagamma.checkpoint.reader import folder_name, steps_saved
 from megagamma.environment import accelerate_rank, accelerate_world_size
 from megagamma.errors import CheckpointError, ConfigurationError
+from megagamma.runs.folder import RunFolder, is_checkpoint, kind_of_folder
 
 SHARD_UNITS = {"MB": 10**6, "GB": 10**9}
 
@@ -117,40 +117,40 @@ def shard_bytes(text: str) -> int:
     return int(size)
 
 
-def _wanted_steps(run: Path, wanted: str) -> list[int]:
-    saved = steps_saved(run / "checkpoints")
+def _requested_steps(run: Path, requested: str) -> list[int]:
+    saved = RunFolder(run).steps()
     if not saved:
         raise CheckpointError(f"{run}: holds no finished checkpoint: give a run that has saved one")
-    if wanted in ("last", "all"):
-        return saved if wanted == "all" else saved[-1:]
+    if requested in ("last", "all"):
+        return saved if requested == "all" else saved[-1:]
     try:
-        steps = [int(one) for one in wanted.split(",")]
+        steps = [int(one) for one in requested.split(",")]
     except ValueError:
-        raise ConfigurationError(f"--steps {wanted}: must be last, all, or whole numbers such as 100,200") from None
+        raise ConfigurationError(f"--steps {requested}: must be last, all, or whole numbers such as 100,200") from None
     for step in steps:
         if step not in saved:
             raise CheckpointError(f"{run}: has no checkpoint of step {step}: it has {', '.join(map(str, saved))}")
     return steps
 
 
-def _job_of_folder(path: Path, run: str, known: argparse.Namespace) -> Job:
+def _job_of_folder(path: Path, run: str, args: argparse.Namespace) -> Job:
     """A Hugging Face folder."""
     from megagamma.huggingface.provenance import folder_hash
 
-    for flag, given in (("--convert_only", known.convert_only), ("--out", known.out)):
+    for flag, given in (("--convert_only", args.convert_only), ("--out", args.out)):
         if given:
             raise ConfigurationError(f"{path}: is a Hugging Face folder already: leave out {flag}")
-    scores = known.eval_out / f"{path.name}-{folder_hash(path)[:8]}" if known.eval_out else path / "eval"
-    return Job(None, run, path, scores, known.eval_out or Path.cwd() / "eval")
+    scores = args.eval_out / f"{path.name}-{folder_hash(path)[:8]}" if args.eval_out else path / "eval"
+    return Job(None, run, path, scores, args.eval_out or Path.cwd() / "eval")
 
 
-def _job_of_checkpoint(checkpoint: Path, run: str, known: argparse.Namespace) -> Job:
-    home = _home(checkpoint)
-    folder = (known.out or home / "hf" / checkpoint.name).resolve()
-    if known.eval_only:
+def _job_of_checkpoint(checkpoint: Path, run: str, args: argparse.Namespace) -> Job:
+    home = RunFolder(_home(checkpoint))
+    folder = (args.out or home.exports / checkpoint.name).resolve()
+    if args.eval_only:
         _check_converted(folder, checkpoint)
-    summary = known.eval_out or home / "eval"
-    return Job(checkpoint, run, folder, (summary / run if known.eval_out else summary) / checkpoint.name, summary)
+    summary = args.eval_out or home.evaluations
+    return Job(checkpoint, run, folder, (summary / run if args.eval_out else summary) / checkpoint.name, summary)
 
 
 def _home(path: Path) -> Path:
@@ -171,25 +171,25 @@ def _check_converted(folder: Path, checkpoint: Path) -> None:
         )
 
 
-def find_jobs(known: argparse.Namespace) -> list[Job]:
+def find_jobs(args: argparse.Namespace) -> list[Job]:
     """What each PATH stands for.
 
     Raises:
         ConfigurationError, CheckpointError: a path that is nothing of the kind.
     """
     found: list[tuple[Path, bool]] = []  # and whether it is a checkpoint
-    for given in known.paths:
+    for given in args.paths:
         path = given.resolve()
         if not path.is_dir():
             raise ConfigurationError(
                 f"{path}: there is no such folder: give a run, a checkpoint or a Hugging Face folder"
             )
-        if (path / "checkpoint.json").exists():
-            if known.steps != "last":
-                raise ConfigurationError(f"--steps {known.steps}: {path} is one checkpoint: give the run's folder")
+        if is_checkpoint(path):
+            if args.steps != "last":
+                raise ConfigurationError(f"--steps {args.steps}: {path} is one checkpoint: give the run's folder")
             found.append((path, True))
-        elif (path / "checkpoints").is_dir():
-            found += [(path / "checkpoints" / folder_name(step), True) for step in _wanted_steps(path, known.steps)]
+        elif kind_of_folder(path) == "run":
+            found += [(RunFolder(path).checkpoint(step), True) for step in _requested_steps(path, args.steps)]
         elif (path / "config.json").exists():
             found.append((path, False))
         else:
@@ -197,20 +197,20 @@ def find_jobs(known: argparse.Namespace) -> list[Job]:
                 f"{path}: holds no checkpoints/, no checkpoint.json and no config.json: give a run, a finished checkpoint "
                 "or a Hugging Face folder"
             )
-    if known.out and len(found) > 1:
-        raise ConfigurationError(f"--out {known.out}: {len(found)} models cannot go to one folder: leave it out")
+    if args.out and len(found) > 1:
+        raise ConfigurationError(f"--out {args.out}: {len(found)} models cannot go to one folder: leave it out")
     homes = {_home(path) for path, _ in found}
     jobs = []
-    for path, is_checkpoint in found:
+    for path, to_convert in found:
         home = _home(path)
         # Runs of one name in several places are told apart by the folder that they lie in.
         shared = sum(other.name == home.name for other in homes) > 1
         run = f"{home.parent.name}/{home.name}" if shared else home.name
-        jobs.append((_job_of_checkpoint if is_checkpoint else _job_of_folder)(path, run, known))
+        jobs.append((_job_of_checkpoint if to_convert else _job_of_folder)(path, run, args))
     return jobs
 
 
-def convert(job: Job, known: argparse.Namespace, device: str) -> None:
+def convert(job: Job, args: argparse.Namespace, device: str) -> None:
     """Convert one checkpoint."""
     import torch
 
@@ -219,36 +219,36 @@ def convert(job: Job, known: argparse.Namespace, device: str) -> None:
 
     assert job.checkpoint is not None
     options = ExportOptions(
-        dtype=torch.bfloat16 if known.dtype == "bf16" else torch.float32,
-        hf_class=known.hf_class,
-        custom_code=known.custom_code,
-        tokenizer=known.tokenizer,
-        max_shard_bytes=shard_bytes(known.max_shard_size),
-        parity=known.parity,
-        tolerance=TOLERANCE if known.parity_tolerance is None else known.parity_tolerance,
+        dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
+        hf_class=args.hf_class,
+        custom_code=args.custom_code,
+        tokenizer=args.tokenizer,
+        max_shard_bytes=shard_bytes(args.max_shard_size),
+        parity=args.parity,
+        tolerance=TOLERANCE if args.parity_tolerance is None else args.parity_tolerance,
         device=device,
-        overwrite=known.overwrite,
+        overwrite=args.overwrite,
     )
     print(f"converting {job.checkpoint}", flush=True)
     print(f"  -> {export(job.checkpoint, job.folder, options)}", flush=True)
 
 
-def options_of(known: argparse.Namespace, eos: int | None = None) -> Any:
+def options_of(args: argparse.Namespace, eos: int | None = None) -> Any:
     """How a folder is run by lm-eval."""
     from megagamma.evaluation.hf_model import HuggingFaceOptions, checked_device
 
     options = HuggingFaceOptions(
-        device=known.device,
-        parallelize=known.parallelize,
+        device=args.device,
+        parallelize=args.parallelize,
         # In our training the end of a text, and no beginning, stands before the next one.
         prefix_token_id=eos,
-        trust_remote_code=known.custom_code,
+        trust_remote_code=args.custom_code,
     )
     # On a CPU bf16 is slow, and no nearer to the truth.
     return replace(options, dtype="float32" if checked_device(options) == "cpu" else "auto")
 
 
-def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
+def check_scoring(jobs: list[Job], args: argparse.Namespace) -> None:
     """Everything about scoring that can be wrong, before an hour of conversion.
 
     Raises:
@@ -257,20 +257,20 @@ def check_scoring(jobs: list[Job], known: argparse.Namespace) -> None:
     from megagamma.evaluation.harness import checked_limit
     from megagamma.files import read_json, require_writable
 
-    checked_limit(known.limit)
-    options_of(known)
-    if known.tokenizer == "none":
+    checked_limit(args.limit)
+    options_of(args)
+    if args.tokenizer == "none":
         raise ConfigurationError("--tokenizer none: a model without a tokenizer cannot be scored: add --convert_only")
     for job in jobs:
-        if job.checkpoint is None or known.eval_only:
+        if job.checkpoint is None or args.eval_only:
             if not any(job.folder.glob("*token*")):
                 raise ConfigurationError(f"{job.folder}: has no tokenizer, and cannot be scored without one")
-            if "auto_map" in read_json(job.folder / "config.json") and not known.custom_code:
+            if "auto_map" in read_json(job.folder / "config.json") and not args.custom_code:
                 raise ConfigurationError(f"{job.folder}: brings a model file of its own: --custom_code runs it")
         require_writable(job.scores, "--eval_out")
 
 
-def score(jobs: list[Job], known: argparse.Namespace, plan: Any) -> int:
+def score(jobs: list[Job], args: argparse.Namespace, plan: Any) -> int:
     """Score converted models; prints and writes tables. Returns the exit code."""
     from megagamma.evaluation.curves import Scored, table, write
     from megagamma.evaluation.harness import evaluate
@@ -285,12 +285,12 @@ def score(jobs: list[Job], known: argparse.Namespace, plan: Any) -> int:
             plan,
             content_hash=folder_hash(job.folder),
             output=job.scores,
-            limit=known.limit,
-            seed=known.seed,
-            batch_size=known.batch_size if known.batch_size == "auto" else int(known.batch_size),
-            mirror=known.mirror,
-            options=options_of(known, origin.get("eos_token_id")),
-            again=known.rescore,
+            limit=args.limit,
+            seed=args.seed,
+            batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
+            mirror=args.mirror,
+            options=options_of(args, origin.get("eos_token_id")),
+            again=args.rescore,
         )
         print(scores.table(), flush=True)
         failed += len(scores.failures)
@@ -316,47 +316,47 @@ def _quiet_transformers() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, score."""
     parser = build_parser()
-    known = parser.parse_args(arguments)
-    if not known.paths and not known.list_tasks:
+    args = parser.parse_args(arguments)
+    if not args.paths and not args.list_tasks:
         parser.error("give at least one PATH")
-    if known.batch_size != "auto" and not (known.batch_size.isdigit() and int(known.batch_size) > 0):
-        raise ConfigurationError(f"--batch_size {known.batch_size}: must be a whole number above 0, or auto")
-    if known.parity_tolerance is not None and not known.parity_tolerance > 0:
-        raise ConfigurationError(f"--parity_tolerance {known.parity_tolerance}: must be above 0")
-    shard_bytes(known.max_shard_size)
-    if known.threads < 0:
-        raise ConfigurationError(f"--threads {known.threads}: must be 0 or more")
-    if known.list_tasks:
+    if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
+        raise ConfigurationError(f"--batch_size {args.batch_size}: must be a whole number above 0, or auto")
+    if args.parity_tolerance is not None and not args.parity_tolerance > 0:
+        raise ConfigurationError(f"--parity_tolerance {args.parity_tolerance}: must be above 0")
+    shard_bytes(args.max_shard_size)
+    if args.threads < 0:
+        raise ConfigurationError(f"--threads {args.threads}: must be 0 or more")
+    if args.list_tasks:
         from megagamma.evaluation.tasks import check, describe
 
-        print("\n".join(describe(check(known.tasks, known.include_path, known.mirror, known.trust_tasks))))
+        print("\n".join(describe(check(args.tasks, args.include_path, args.mirror, args.trust_tasks))))
         return 0
-    jobs = find_jobs(known)
-    if not known.eval_only and accelerate_world_size() > 1 and any(job.checkpoint for job in jobs):
+    jobs = find_jobs(args)
+    if not args.eval_only and accelerate_world_size() > 1 and any(job.checkpoint for job in jobs):
         raise ConfigurationError(
             "several processes cannot convert one model: convert first with one, then use --eval_only"
         )
-    device, plan = _device(known), None
-    if not known.convert_only:
+    device, plan = _device(args), None
+    if not args.convert_only:
         # Names and data first: it would be a pity to convert for an hour, and then to find no task of that name.
         from megagamma.evaluation.tasks import check
 
-        plan = check(known.tasks, known.include_path, known.mirror, known.trust_tasks)
-        check_scoring(jobs, known)
+        plan = check(args.tasks, args.include_path, args.mirror, args.trust_tasks)
+        check_scoring(jobs, args)
     import torch
 
     _quiet_transformers()
-    if known.threads:
-        torch.set_num_threads(known.threads)
-    if not known.eval_only:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if not args.eval_only:
         for job in jobs:
             if job.checkpoint is not None:
-                convert(job, known, device)
-    return 0 if known.convert_only else score(jobs, known, plan)
+                convert(job, args, device)
+    return 0 if args.convert_only else score(jobs, args, plan)
 
 
-def _device(known: argparse.Namespace) -> str:
+def _device(args: argparse.Namespace) -> str:
     """`--device` as torch knows it."""
     from megagamma.evaluation.hf_model import HuggingFaceOptions, checked_device
 
-    return checked_device(HuggingFaceOptions(device=known.device))
+    return checked_device(HuggingFaceOptions(device=args.device))

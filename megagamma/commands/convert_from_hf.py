@@ -26,12 +26,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--vocab_size_multiple", type=int, default=128,
         help="pad the vocabulary to a multiple of this, which every tensor-parallel degree must divide (default 128)",
     )  # fmt: skip
-    known = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     checkpoint = import_model(
-        known.folder, known.out, tokenizer=known.tokenizer, vocab_size_multiple=known.vocab_size_multiple
+        args.folder, args.out, tokenizer=args.tokenizer, vocab_size_multiple=args.vocab_size_multiple
     )
     print(
-        f"{checkpoint}\nto train it further: megagamma pretrain --config {known.out}/config.yaml "
+        f"{checkpoint}\nto train it further: megagamma pretrain --config {args.out}/config.yaml "
         "--data.paths '[PREPARED FOLDER]'"
     )
     return 0

@@ -88,10 +88,10 @@ def _download(name: str, configs: list[str | None], root: Path, revision: str | 
     partial.mkdir()
     options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_dir": str(partial)}
     snapshot_download(name, allow_patterns=["README.md"], **options)
-    known = header(partial / "README.md")
-    kept = [config for config in known if config in configs or (final.exists() and holds(root, name, config))]
-    whole = not known or any(config not in known for config in configs)
-    files = PATTERNS if whole else [pattern for config in kept for pattern in known[config]]
+    listed = header(partial / "README.md")
+    kept = [config for config in listed if config in configs or (final.exists() and holds(root, name, config))]
+    whole = not listed or any(config not in listed for config in configs)
+    files = PATTERNS if whole else [pattern for config in kept for pattern in listed[config]]
     snapshot_download(name, allow_patterns=["README.md", *files], **options)
     if not whole:
         keep_configs(partial / "README.md", kept)
@@ -142,25 +142,25 @@ def main(arguments: list[str] | None = None) -> int:
         "--revision", nargs="*", default=[], metavar="SET=REVISION", help="pin sets to a branch, tag or commit"
     )
     parser.add_argument("--list", action="store_true", help="only show what is asked for and what is there")
-    known = parser.parse_args(arguments)
-    asked = known.mirror or os.environ.get(VARIABLE)
-    if not asked:
+    args = parser.parse_args(arguments)
+    mirror = args.mirror or os.environ.get(VARIABLE)
+    if not mirror:
         raise ConfigurationError(f"--mirror is missing, and {VARIABLE} is not set: give the folder to fill")
-    root = Path(asked).expanduser().resolve()
-    pinned = revisions(known.revision)
-    if known.include_path:
-        require_trust(known.include_path, known.trust_tasks, "--trust_tasks")
-    found = plan(TaskRequest(known.tasks, known.include_path))
+    root = Path(mirror).expanduser().resolve()
+    pinned = revisions(args.revision)
+    if args.include_path:
+        require_trust(args.include_path, args.trust_tasks, "--trust_tasks")
+    found = plan(TaskRequest(args.tasks, args.include_path))
     wanted = dataset_configs(found)
     names = list(wanted)
     stray = [name for name in pinned if name not in names]
     if stray:
-        raise ConfigurationError(f"--revision {stray[0]}: no asked task reads it; they read {', '.join(names)}")
+        raise ConfigurationError(f"--revision {stray[0]}: no task asked for reads it; they read {', '.join(names)}")
     unknown = [task.name for task in found.tasks if task.dataset is None]
     if unknown:
         print(f"note: only the Python code of {', '.join(unknown)} knows what data it reads", file=sys.stderr)
     missing = [name for name in names if not all(holds(root, name, config) for config in wanted[name])]
-    if known.list:
+    if args.list:
         for name in names:
             tasks = [task for task, dataset, _ in found.datasets if dataset == name]
             more = f" and {len(tasks) - 3} more" if len(tasks) > 3 else ""

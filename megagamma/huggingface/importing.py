@@ -12,18 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megagamma.checkpoint.manifest import FORMAT_VERSION, MANIFEST, sealed
-from megagamma.checkpoint.reader import folder_name
 from megagamma.checkpoint.safetensors_writer import ShardWriter
-from megagamma.config.io import as_dict, save_config
+from megagamma.config.io import as_dict
 from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, DataConfig, RunConfig
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
-from megagamma.files import copy_file, read_json, write_json
+from megagamma.files import read_json, write_json
 from megagamma.folders import atomic_directory, recover_at_start
 from megagamma.huggingface.formats import Format, exported_tensors, import_config, import_tensor
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 from megagamma.owned import require_place
+from megagamma.runs.folder import RunFolder
 
 INDEX = "model.safetensors.index.json"
 
@@ -206,7 +206,8 @@ def write_run(
     """
     parameters = logical_parameters(config.model)
     with atomic_directory(output) as partial:
-        checkpoint = partial / "checkpoints" / folder_name(0)
+        run = RunFolder(partial)
+        checkpoint = run.checkpoint(0)
         checkpoint.mkdir(parents=True)
         writer = ShardWriter(
             checkpoint / "weight-00000.safetensors", [(parameter.name, parameter.shape) for parameter in parameters]
@@ -230,7 +231,7 @@ def write_run(
             "files": [entry],
         }
         write_json(checkpoint / MANIFEST, sealed(manifest))
-        save_config(config, partial / "config.yaml")
+        run.write_config(config)
         if tokenizer:
-            copy_file(tokenizer.path, partial / "tokenizer.model")
-    return output / "checkpoints" / folder_name(0)
+            run.write_tokenizer(tokenizer.path)
+    return RunFolder(output).checkpoint(0)
