@@ -211,9 +211,9 @@ class DataConfig:
     """No loss where the input is an end-of-document token, whose successor belongs to an unrelated document."""
     verify: Literal["auto", "index", "full"] = "auto"
     """What of the token files is checked at the start. index: sizes and every number of the indices. full: also the
-    checksum of all tokens, by one process per host, at some 0.25 to 1.5 GB/s; above an hour of it, raise
-    run.timeout_minutes. auto: full for folders of up to 1 GiB, index for larger ones. The ids of every batch are checked
-    in any case."""
+    checksum of all tokens, by one process per host, at some 0.3 to 0.9 GB/s; where that takes longer than
+    run.timeout_minutes, raise it. auto: full for folders of up to 1 GiB, index for larger ones. The ids of every batch
+    are checked in any case."""
 
 
 @dataclass

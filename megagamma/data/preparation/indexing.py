@@ -248,8 +248,9 @@ def verify_prepared(folder: str | Path, full: bool = False) -> dict:
             raise DataError(f"data: '{path}' is {state}: {size:,} bytes, the manifest says {expected:,}: {FIX}")
     for split, counts in manifest["splits"].items():
         size = counts["tokens"] * np.dtype(manifest["dtype"]).itemsize
-        if manifest["files"][f"{split}.bin"]["bytes"] != size:
-            raise DataError(f"data: '{folder}/{split}.bin' must have {size:,} bytes by the manifest's tokens: {FIX}")
+        stored = manifest["files"][f"{split}.bin"]["bytes"]
+        if stored != size:
+            raise DataError(f"data: '{folder}/{split}.bin' ends at {stored:,} bytes, the manifest at {size:,}: {FIX}")
         index = folder / f"{split}.idx"
         check_index(index, counts, manifest["dtype"], manifest["files"][index.name]["sha256"])
     fingerprint = sha256_file(folder / "tokenizer.model")

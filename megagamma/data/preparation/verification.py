@@ -2,7 +2,8 @@
 
 Of the index every number is checked, always: it is read once, some 20 bytes per document. Of the tokens (`check_tokens`)
 the checksum, that every id is in the vocabulary, and that every document ends with an eos. Measured on one core of a
-2-core cloud machine: 250 MB/s to 1.5 GB/s from memory, the second where the processor has instructions for SHA-256.
+cloud machine, from memory: 0.9 GB/s of tokens where the processor has instructions for SHA-256 and 0.3 GB/s without, and
+25 or 14 million documents of an index a second.
 """
 
 from __future__ import annotations
