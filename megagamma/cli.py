@@ -5,7 +5,7 @@
 | 0 | done |
 | 1 | what was checked is not so: checkpoints differ, a task could not be scored, data is missing, a layout is unequal |
 | 2 | the command line, the config, the data or the machine must be fixed: one line on standard error says what |
-| 3 | stopped by the guard: a loss or gradient that is not finite, or a spike, under the policy `stop` |
+| 3 | stopped by the guard: a loss or gradient that is not finite, a spike, unequal results; or the last steps did nothing |
 | 75 | stopped by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGXCPU after saving a checkpoint: start it again to resume |
 | 130 | interrupted (Ctrl-C) |
 """

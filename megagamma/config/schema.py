@@ -355,7 +355,8 @@ class GuardConfig:
     spike_window: int = option(64, minimum=2)
     """Steps that the mean and deviation are taken over; no spike is called before they are full."""
     max_skips: int = option(10, minimum=0)
-    """Steps in a row that may be left out before the run stops."""
+    """Steps in a row that may be left out before the run stops, for a loss or for gradients that are not finite alike. A
+    run whose last 3 steps (or all of fewer) were left out ends with exit code 3 in any case."""
     replica_interval: int = option(100, minimum=0)
     """Steps between checks that the copies of replicated weights are equal over ranks. 0: never."""
 

@@ -239,6 +239,13 @@ class Engine:
         Returns:
             Mean loss of the global batch. Unit: nats per token.
         """
+        return self._loss(batches, train=True)
+
+    def loss(self, batches: list[Batch]) -> float:
+        """Mean loss of a global batch, as `forward_backward` gives it, without gradients. Unit: nats per token."""
+        return self._loss(batches, train=False)
+
+    def _loss(self, batches: list[Batch], train: bool) -> float:
         local = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
         tokens = max(float(self._over_ranks(local)), 1.0)
         # DeepSpeed averages over data-parallel ranks.
@@ -250,7 +257,7 @@ class Engine:
             totals.append(total.detach())
             return total * scale
 
-        self.run(batches, objective, train=True)
+        self.run(batches, objective, train=train)
         nats = torch.stack(totals).double().sum().cpu() if totals else torch.zeros((), dtype=torch.float64)
         return float(self._over_ranks(nats)) / tokens
 

@@ -40,6 +40,7 @@ class Trainer:
         try:
             if session.step >= session.steps:
                 reporter.print(f"{session.folder.path}: all {session.steps} steps are done already")
+                self._check_result()
                 return 0
             reporter.print(session.describe())
             for callback in self.callbacks:
@@ -52,12 +53,17 @@ class Trainer:
                     return EXIT_STOPPED
             for callback in self.callbacks:
                 callback.end()
+            self._check_result()
             reporter.event("end", step=session.step, seconds=session.seconds)
             reporter.print(f"done: {session.steps} steps in {duration(session.seconds)}; see {session.folder.path}")
             return 0
         finally:
             for callback in reversed(self.callbacks):
                 callback.close()
+
+    def _check_result(self) -> None:
+        for callback in self.callbacks:
+            callback.check_result()
 
     def _train_step(self) -> None:
         session, config, engine = self.session, self.session.config, self.session.engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from megagamma.checkpoint import saver
 from megagamma.checkpoint.manifest import stored_config
 from megagamma.config.io import as_dict, differences
 from megagamma.config.schema import Config, padded_vocab_size
-from megagamma.data.schedule import total_steps
+from megagamma.data.contracts import rank_microbatches
+from megagamma.data.schedule import batch_size, total_steps
 from megagamma.data.sources import RunData
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
@@ -159,6 +161,8 @@ class _Resume:
     """What was wrong with newer ones, and what else a user must know."""
     changed: list[str]
     """Options that have other values than before."""
+    not_finite: Path | None = None
+    """A newer one that was set aside, since the loss after loading it is not finite."""
 
 
 def _find_resume(
@@ -169,6 +173,45 @@ def _find_resume(
         return None
     changed = _check_same_run(folder.path, config, found.folder, found.manifest, fingerprint)
     return _Resume(found.folder, found.manifest, found.notes, changed)
+
+
+def _first_loss(engine: Engine, data: RunData, resume: _Resume) -> float:
+    """Loss of the next global batch, without its step."""
+    config, runtime, consumed = engine.config, engine.runtime, resume.manifest["consumed_samples"]
+    size, micro = batch_size(config.data, consumed), config.data.micro_batch_size
+    return engine.loss(rank_microbatches(data.train, consumed, size, micro, runtime.data_rank, runtime.data_size))
+
+
+def _load_finite(engine: Engine, data: RunData, folder: RunFolder, resume: _Resume) -> _Resume:
+    """Load a checkpoint, or the one before it when the loss right after loading is not finite; all ranks call it.
+
+    The bad one is not deleted: it gets another name. Where there is none before, the guard does what its policy says.
+
+    Raises:
+        CheckpointError: the loss after the one before is not finite either.
+
+    Returns:
+        What was loaded.
+    """
+    config, runtime = engine.config, engine.runtime
+    saver.load(engine, resume.folder, resume.manifest)
+    if resume.manifest["step"] >= total_steps(config) or math.isfinite(_first_loss(engine, data, resume)):
+        return resume
+    earlier = _find_resume(config, runtime, folder, data.fingerprint, before=resume.manifest["step"])
+    what = f"{resume.folder}: the loss of the first step after loading it is not finite"
+    if earlier is None:
+        resume.notes.append(f"{what}, and there is no checkpoint before it")
+        return resume
+    saver.load(engine, earlier.folder, earlier.manifest)
+    if not math.isfinite(_first_loss(engine, data, earlier)):
+        raise CheckpointError(
+            f"{what}, and neither is it after {earlier.folder.name}: look at both with tools/checkpoint.py inspect, and at "
+            "the data; delete or rename what is bad to resume from an earlier one"
+        )
+    aside = saver.set_aside(runtime, resume.folder, "not_finite")
+    earlier.not_finite = resume.folder
+    earlier.notes.insert(0, f"{what}: it is kept as {aside.name}; resuming from {earlier.folder.name}")
+    return earlier
 
 
 def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Config], RunData]) -> Session:
@@ -210,7 +253,8 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
     step = 0
     if resume is not None:
-        manifest = saver.load(engine, resume.folder, resume.manifest)
+        resume = _load_finite(engine, data, folder, resume)
+        manifest = resume.manifest
         step = manifest["step"]
     elif dtype != torch.float32:
         refine_masters(engine, config)
@@ -272,6 +316,8 @@ def _report_start(session: Session, resume: _Resume | None, warning: str | None,
     if resume is not None:
         for text in resume.notes:
             reporter.warn(text)
+        if resume.not_finite is not None:
+            reporter.event("went_back", step=session.step, not_finite=resume.not_finite.name, folder=resume.folder.name)
         if resume.changed:
             reporter.warn(f"resuming with other options than before: {'; '.join(resume.changed)}")
     kind = "start" if resume is None else "resume"

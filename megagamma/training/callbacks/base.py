@@ -47,6 +47,7 @@ class Callback:
         on_stop(reason)           a signal asked to leave, after the last `after_step`
         on_halt()                 an error that all ranks raise ends the run: finish what was begun
         end                       after the last step of the run
+        check_result()            then, and where all steps were done before: whether the run may end as a success
         close                     always, also after an error of this rank alone; no collective belongs here
 
     Raise an error that every rank meets by `self.trainer.halt(error)`.
@@ -103,6 +104,9 @@ class Callback:
 
     def end(self) -> None:
         """After the last step."""
+
+    def check_result(self) -> None:
+        """When all steps are done and nothing is under way; raises, on every rank, where the run is no success."""
 
     def close(self) -> None:
         """When this process is done with the run, in whatever way."""

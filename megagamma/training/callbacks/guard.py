@@ -7,8 +7,11 @@ from collections import deque
 from typing import Any
 
 from megagamma.config.schema import GuardConfig
-from megagamma.errors import TrainingError
+from megagamma.errors import CheckpointError, TrainingError
 from megagamma.training.callbacks.base import Callback, Step
+
+# A run whose last steps, as many as these or all that it has, are left out does not end as a success.
+LAST_STEPS = 3
 
 _PHRASES = {"nan": "loss or gradient that is not finite", "spike": "loss spike"}
 
@@ -25,13 +28,28 @@ class LossGuard(Callback):
         """Updates in a row that were left out."""
         self._status = "ok"
 
-    def state(self) -> list[float]:
-        """The losses that the next ones are compared with."""
-        return list(self.recent)
+    def state(self) -> dict[str, Any]:
+        """The losses that the next ones are compared with, and how many updates in a row were left out."""
+        return {"losses": list(self.recent), "skips": self.skips}
 
     def load_state(self, state: Any) -> None:
-        """Take them up."""
-        self.recent.extend(state)
+        """Take them up; checkpoints of version 0.1 hold the losses alone.
+
+        Raises:
+            CheckpointError: it is neither.
+        """
+        values = state if isinstance(state, dict) else {"losses": state, "skips": 0}
+        losses, skips = values.get("losses"), values.get("skips")
+        if (
+            not isinstance(losses, list)
+            or not all(type(loss) in (int, float) for loss in losses)
+            or type(skips) is not int
+        ):
+            raise CheckpointError(
+                f"the checkpoint's progress.{self.state_key} is not what was written: delete it to resume from the one before"
+            )
+        self.recent.extend(losses)
+        self.skips = skips
 
     def check(self, loss: float) -> str:
         """Returns "ok", "nan" or "spike"; an ok loss joins the window that later ones are compared with."""
@@ -69,6 +87,22 @@ class LossGuard(Callback):
             self.skips = 0
         elif step.tried:
             self._report(step, self.policy("nan"), "nan")
+
+    def check_result(self) -> None:
+        """End with an error when the last steps changed nothing: nobody wants such a model for the finished one.
+
+        Raises:
+            TrainingError: the last `LAST_STEPS` steps, or all of a shorter run, were left out.
+        """
+        steps = self.session.steps
+        if self.skips < min(LAST_STEPS, steps):
+            return
+        self.session.reporter.event("no_update_at_end", step=self.session.step, skips=self.skips)
+        raise TrainingError(
+            f"the last {self.skips} of {steps} steps made no update, since their losses or gradients were left out: the "
+            f"weights are those of step {steps - self.skips}; see events.jsonl for the reasons, lower optimizer.lr, or go "
+            "back to an earlier checkpoint"
+        )
 
     def _report(self, step: Step, action: str, status: str | None = None) -> None:
         status = status or self._status

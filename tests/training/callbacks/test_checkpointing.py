@@ -98,6 +98,6 @@ def test_a_run_that_stops_saves_and_resumes_with_its_callbacks_state(tmp_path: P
     assert steps_saved(root) == [2, 4, 5]
     progress = read_manifest(root / "step_00000005")["progress"]
     assert progress["counted"] == 5
-    assert len(progress["recent_losses"]) == 5, "of the guard"
+    assert len(progress["recent_losses"]["losses"]) == 5, "of the guard"
     assert one_rank.run(train, given) == [(0, [6, 7, 8, 9])]
     assert read_manifest(root / "step_00000009")["progress"]["counted"] == 9
