@@ -13,6 +13,9 @@ from megagamma.config.schema import ROLES, Bounds, Config
 from megagamma.errors import ConfigurationError
 
 
+_MAX_RISES = 100_000  # of the batch ramp
+
+
 def divisors(value: int, limit: int = 64) -> str:
     """Advice that names the divisors of a number up to `limit`: "use 1, 2 or 4"."""
     numbers = [str(d) for d in range(1, min(value, limit) + 1) if value % d == 0]
@@ -41,6 +44,8 @@ def bounded_values(config: Config) -> Iterator[tuple[str, float, Bounds]]:
 
 def _check_bounds(config: Config) -> None:
     for name, value, bounds in bounded_values(config):
+        if bounds.exceeded(value):
+            raise ConfigurationError(f"{name}={value} must be at most {bounds.limit:,}: no run is larger")
         if not bounds.allow(value):
             raise ConfigurationError(f"{name}={value} {bounds}")
 
@@ -202,6 +207,11 @@ def check_batches(config: Config, replicas: int) -> None:
             raise ConfigurationError(
                 f"data.batch_ramp={data.batch_ramp}: from start={start}, steps of increment={increment} must reach "
                 f"data.global_batch_size={data.global_batch_size} exactly"
+            )
+        if (data.global_batch_size - start) // increment > _MAX_RISES:
+            raise ConfigurationError(
+                f"data.batch_ramp={data.batch_ramp}: increment={increment} must reach data.global_batch_size="
+                f"{data.global_batch_size} in at most {_MAX_RISES:,} rises: use a larger increment"
             )
         batches += [("data.batch_ramp start", start), ("data.batch_ramp increment", increment)]
     for name, value in batches:
