@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.reading import Unreadable, read_json_value
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -92,8 +93,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         MegagammaError: it is missing, cannot be read, or is no JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = read_json_value(path, finite=False)  # `write_json` writes NaN
+    except (OSError, Unreadable) as error:
         raise MegagammaError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise MegagammaError(f"{path}: cannot be read: must be a JSON object, not {type(value).__name__}")
@@ -107,6 +108,11 @@ def advice(error: OSError) -> str:
         errno.EDQUOT: "the quota is used up: free some space or choose another folder",
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EACCES: "give yourself the right to write there or choose another folder",
+        errno.ENOENT: "check the path",
+        errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+        errno.ENFILE: "too many files are open on this machine: close some",
+        errno.ENOMEM: "the machine's memory is used up: free some",
+        errno.ENAMETOOLONG: "choose a shorter name",
         errno.ENOTDIR: "a file stands where a folder is needed: choose another folder",
         errno.EEXIST: "a file stands where a folder is needed: choose another folder",
     }
@@ -140,6 +146,11 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def _step_of(values: dict[str, Any]) -> float:
+    step = values.get("step", 0)
+    return step if isinstance(step, int | float) else 0
+
+
 class JsonLines:
     """A file of JSON objects, one a line, that survives a kill: each line is written whole and flushed."""
 
@@ -164,7 +175,7 @@ class JsonLines:
             MegagammaError: the file cannot be read or written.
         """
         if self.path.exists():
-            kept = [line for line, values in self._valid_lines() if values.get("step", 0) <= step]
+            kept = [line for line, values in self._valid_lines() if _step_of(values) <= step]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, values: dict[str, Any]) -> None:
@@ -202,7 +213,8 @@ class JsonLines:
             raise MegagammaError(f"{self.path}: cannot be read ({error.strerror})") from error
         valid = []
         for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+            # Beside what is no JSON: numbers of thousands of digits, and nesting without end.
+            with contextlib.suppress(ValueError, RecursionError):
                 values = json.loads(line)
                 if isinstance(values, dict):
                     valid.append((line, values))

@@ -89,7 +89,9 @@ def parse_json(text: str, finite: bool = True) -> Any:
 
     def short(digits: str) -> str:
         if len(digits) > MAX_NUMBER_LENGTH:
-            raise Unreadable(f"a number of {len(digits):,} digits ({digits[:20]}...): at most {MAX_NUMBER_LENGTH} are read")
+            raise Unreadable(
+                f"a number of {len(digits):,} digits ({digits[:20]}...): at most {MAX_NUMBER_LENGTH} are read"
+            )
         return digits
 
     try:

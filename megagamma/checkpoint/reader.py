@@ -5,7 +5,6 @@ Tools that look at a checkpoint import this file alone, which brings in neither 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megagamma.checkpoint.safetensors_writer import checksum
-from megagamma.errors import CheckpointError
+from megagamma.config.io import from_dict
+from megagamma.errors import CheckpointError, ConfigurationError
+from megagamma.reading import Unreadable, read_json_value
 
 # Readers of checkpoints take these from here too.
 from megagamma.runs.folder import folder_name as folder_name
@@ -41,12 +42,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "checkpoint.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json_value(path, finite=False)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder}: not a checkpoint, or not a finished one: checkpoint.json is missing"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (Unreadable, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): {remedy(folder)}") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -56,6 +57,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {', '.join(missing)} is missing: {remedy(folder)}")
     if not isinstance(manifest["config"], dict) or not isinstance(manifest["files"], list):
         raise CheckpointError(f"{path}: config or files is not what was written: {remedy(folder)}")
+    try:
+        from_dict(manifest["config"])
+    except ConfigurationError as error:
+        raise CheckpointError(f"{path}: its config: {error}; or {remedy(folder)}") from error
     found: dict[str, Any] = manifest
     return found
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megagamma.checkpoint.reader import folder_name, steps_saved
 from megagamma.environment import accelerate_rank, accelerate_world_size
 from megagamma.errors import CheckpointError, ConfigurationError
+from megagamma.runs.folder import folder_name, steps_saved
 
 SHARD_UNITS = {"MB": 10**6, "GB": 10**9}
 

@@ -20,6 +20,7 @@ import yaml
 
 from megagamma.config.exponents import flag_value, merge_exponents, take_exponents
 from megagamma.config.resolve import resolve, validate
+from megagamma.config.rules import check_bounds
 from megagamma.config.schema import ROLES, Config
 from megagamma.config.stored import config_of_sections
 from megagamma.config.yaml_reader import parse_value, read_yaml, write_quoted
@@ -333,7 +334,7 @@ def current_form(values: dict[str, Any]) -> dict[str, Any]:
 
     Before init.exponents, every role was a key of its own in the section `init`, null for init.gamma.
     """
-    if "init" not in values:
+    if not isinstance(values.get("init"), dict):
         return values
     init = dict(values["init"])
     exponents = merge_exponents({}, take_exponents(init, ""))
@@ -344,9 +345,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     """The config that `as_dict` gave, of this version or an older one. Keys that are not there take their defaults.
 
     Raises:
-        ConfigurationError: an option that does not exist, or a value of another type.
+        ConfigurationError: an option that does not exist, or a value of another type or out of its bounds.
     """
-    return config_of_sections(current_form(values))
+    config = config_of_sections(current_form(values))
+    check_bounds(config)
+    return config
 
 
 def save_config(config: Config, path: str | Path) -> None:

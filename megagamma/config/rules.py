@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from megagamma.config.schema import ROLES, Bounds, Config
 from megagamma.errors import ConfigurationError
 
-
 _MAX_RISES = 100_000  # of the batch ramp
 
 
@@ -42,7 +41,12 @@ def bounded_values(config: Config) -> Iterator[tuple[str, float, Bounds]]:
                 yield name, value, bounds
 
 
-def _check_bounds(config: Config) -> None:
+def check_bounds(config: Config) -> None:
+    """Check the bounds of every option.
+
+    Raises:
+        ConfigurationError: the first value that is out of them.
+    """
     for name, value, bounds in bounded_values(config):
         if bounds.exceeded(value):
             raise ConfigurationError(f"{name}={value} must be at most {bounds.limit:,}: no run is larger")
@@ -258,7 +262,7 @@ def check_options(config: Config) -> None:
         raise ConfigurationError(
             f"run.steps={config.run.steps} and run.tokens={config.run.tokens:g}: give one of them, not both"
         )
-    _check_bounds(config)
+    check_bounds(config)
     _check_schedule(config)
     _check_model(config)
     _check_exponents(config)

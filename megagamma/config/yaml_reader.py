@@ -63,13 +63,13 @@ class _Scan:
     def scan(self, text: str) -> None:
         documents = 0
         for event in yaml.parse(text, Loader=_Loader):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 0
             if isinstance(event, yaml.DocumentStartEvent):
                 documents += 1
                 if documents > 1:
                     raise Unreadable(f"a second document begins in line {line}: keep one, without '---' between")
             elif isinstance(event, yaml.AliasEvent):
-                self._alias(event.anchor, line)
+                self._alias(str(event.anchor), line)
             elif isinstance(event, yaml.ScalarEvent):
                 self._check_tag(event.tag, line)
                 self._scalar(event, line)
@@ -159,6 +159,15 @@ def parse_yaml(
         raise Unreadable(f"not YAML ({' '.join(str(error).split())[:400]})") from None
     except UnicodeEncodeError:
         raise Unreadable("not YAML (half of a surrogate pair: save it as UTF-8)") from None
+
+
+def read_card_header(text: str) -> Any:
+    """The value of the YAML header of a data set's README; some list hundreds of configs.
+
+    Raises:
+        Unreadable: see `parse_yaml`.
+    """
+    return parse_yaml(text, max_bytes=16 * MIB, max_values=1_000_000, max_items=100_000)
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -200,6 +200,9 @@ def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
                 except json.JSONDecodeError as error:
                     problem = f" is not JSON ({error.msg} at column {error.colno}): fix or remove the line"
                     raise DataError(_line(shard, number) + problem) from error
+                except (RecursionError, ValueError) as error:  # nesting without end, a number of thousands of digits
+                    reason = " is JSON nested too deep or has too long a number: fix or remove the line"
+                    raise DataError(_line(shard, number) + reason) from error
                 except DataError as error:
                     raise DataError(f"{_line(shard, number)}{error}") from error
                 yield document
@@ -228,6 +231,8 @@ def _read_json(shard: Shard, source: Source) -> Iterator[str]:
         raise DataError(
             f"{place} line {error.lineno} is not JSON ({error.msg} at column {error.colno}): fix the file"
         ) from error
+    except (RecursionError, ValueError) as error:  # nesting without end, a number of thousands of digits
+        raise DataError(f"{place} is JSON nested too deep or has too long a number: fix the file") from error
     if isinstance(value, dict):
         # Either columns, {"text": [...], ...}, or records under one name, {"data": [{...}, ...]}.
         columns = value.get(source.text_field)
