@@ -6,6 +6,7 @@
 | 1 | what was checked is not so: checkpoints differ, a task could not be scored, data is missing, a layout is unequal |
 | 2 | the command line, the config, the data or the machine must be fixed: one line on standard error says what |
 | 3 | stopped by the guard: a loss or gradient that is not finite, a spike, unequal results; or the last steps did nothing |
+| 70 | a failure that was not foreseen: one line names the file of its report |
 | 75 | stopped by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGXCPU after saving a checkpoint: start it again to resume |
 | 130 | interrupted (Ctrl-C) |
 """
@@ -13,15 +14,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from megagamma.crash import without_secrets, write_report
 from megagamma.environment import launcher_rank, let_waiting_threads_sleep
 from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.files import advice
+
+_LONGEST = 4000  # of a message; unit: characters
+_RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS)
 
 
 def _rank() -> int:
@@ -106,7 +114,8 @@ def main_guard(function: Callable[[], int | None]) -> int:
     Of several ranks with the same error only the first prints it; so does one that is alone with it (`on_one_rank`).
 
     Returns:
-        The exit code: the function's (0 for None), the error's `exit_code`, or 130 after an interrupt.
+        The exit code: the function's (0 for None), the error's `exit_code`, 130 after an interrupt, or 70 for what was not
+        foreseen, whose report is in a file. MEGAGAMMA_DEBUG=1 prints the traceback too.
     """
     open_standard_streams()
     keep_console("stderr")
@@ -121,8 +130,10 @@ def main_guard(function: Callable[[], int | None]) -> int:
         if rank == 0 or error.on_one_rank:
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
-            print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+            print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
+    except (MemoryError, RecursionError) as error:
+        return _say(error, _out_of_space(error), 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -130,6 +141,51 @@ def main_guard(function: Callable[[], int | None]) -> int:
         # The reader, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # noqa: BLE001 - the last one that could say what it is
+        return _unforeseen(error)
+
+
+def one_line(text: str) -> str:
+    """A message on one line, however long and with whatever characters a value in it has."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split("\n")))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def _say(error: BaseException, text: str, code: int) -> int:
+    """Print the line of an error that this rank alone may have; returns the exit code."""
+    if os.environ.get("MEGAGAMMA_DEBUG") == "1":
+        traceback.print_exception(error)
+    rank = _rank()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(text)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _out_of_space(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "the input is nested too deep: make it flatter (MEGAGAMMA_DEBUG=1 shows where)"
+    return (
+        f"out of memory ({str(error)[:200] or 'of the host'}): use a smaller model or batch (data.micro_batch_size), "
+        "model.recompute, more ranks, or a machine with more memory"
+    )
+
+
+def _unforeseen(error: Exception) -> int:
+    """One line for a failure that nobody foresaw; but a disk or memory that is full is a user's to fix."""
+    text = str(error)
+    # torch's own, which cannot be imported here.
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in text:
+        return _say(error, _out_of_space(error), 2)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _RESOURCES):
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+        return _say(error, f"{name}{error.strerror or error}: {advice(error)}", 2)
+    path = write_report(error, _rank())
+    where = (
+        f"the report is {path}" if path else "its report could not be written: MEGAGAMMA_DEBUG=1 shows the traceback"
+    )
+    text = without_secrets(text)
+    return _say(error, f"not foreseen: {type(error).__name__}: {text[:400]}: {where}", 70)
 
 
 def leave(code: int) -> None:

@@ -73,6 +73,11 @@ def world_size() -> int:
     return _whole_number("SLURM_NTASKS", 1, minimum=1) if "SLURM_STEP_ID" in os.environ else 1
 
 
+def is_first_of_node() -> bool:
+    """Whether this process is the first of the run on its node, as the launcher says."""
+    return _whole_number("LOCAL_RANK", _whole_number("SLURM_LOCALID", 0)) == 0
+
+
 def accelerate_rank() -> int:
     """Rank among processes that accelerate shares work over. It does not know srun: each of its tasks works alone."""
     return _whole_number("RANK", 0)

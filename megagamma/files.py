@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from megagamma.errors import MegagammaError
+from megagamma.reading import Unreadable, read_json_value
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -111,8 +112,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         MegagammaError: it is missing, cannot be read, or is no JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = read_json_value(path, finite=False)  # `write_json` writes NaN
+    except (OSError, Unreadable) as error:
         raise MegagammaError(f"{path}: cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise MegagammaError(f"{path}: cannot be read: must be a JSON object, not {type(value).__name__}")
@@ -126,6 +127,11 @@ def advice(error: OSError) -> str:
         errno.EDQUOT: "the quota is used up: free some space or choose another folder",
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EACCES: "give yourself the right to write there or choose another folder",
+        errno.ENOENT: "check the path",
+        errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+        errno.ENFILE: "too many files are open on this machine: close some",
+        errno.ENOMEM: "the machine's memory is used up: free some",
+        errno.ENAMETOOLONG: "choose a shorter name",
         errno.ENOTDIR: "a file stands where a folder is needed: choose another folder",
         errno.EEXIST: "a file stands where a folder is needed: choose another folder",
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import write_json
+from megagamma.reading import Unreadable, read_json_value
 
 LIST = ".own_files.json"
 _FORMAT = "megagamma.own_files"
@@ -33,6 +33,7 @@ _EXPORT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 _SECONDS_OF_AN_EXPORT = 600.0
+_LARGEST_LIST = 1 << 28  # bytes
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def _read(path: Path) -> tuple[Any, float]:
         OSError: it is not there, or cannot be read.
     """
     written = path.stat().st_mtime
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(path.read_text(encoding="utf-8")), written
+    with contextlib.suppress(Unreadable):
+        return read_json_value(path, finite=False, limit=_LARGEST_LIST), written
     return None, written
 
 

@@ -16,8 +16,10 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from megagamma.cli import keep_console, leave, main_guard
-from megagamma.config.io import parse_config
+from megagamma.config.io import as_dict, parse_config
+from megagamma.crash import attach
 from megagamma.environment import let_waiting_threads_sleep, world_size
+from megagamma.preflight import check_early
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,22 +27,27 @@ def main(arguments: list[str] | None = None) -> int:
     let_waiting_threads_sleep()  # before torch is imported
     size = world_size()
     config = parse_config(arguments, program=os.path.basename(sys.argv[0]), world_size=size)
+    check_early(config, size)
     # A run is its files: it trains on without a console.
     keep_console("stdout", "stderr")
-    from megagamma.planning.memory import check_fits
+    try:
+        from megagamma.planning.memory import check_fits
 
-    check_fits(config, size)
-    from megagamma.distributed.compat.megatron import preload
-    from megagamma.distributed.peers import explain_peer_failure
+        check_fits(config, size)
+        from megagamma.distributed.compat.megatron import preload
+        from megagamma.distributed.peers import explain_peer_failure
 
-    preload()
-    from megagamma.distributed.runtime import Runtime
-    from megagamma.job import train
+        preload()
+        from megagamma.distributed.runtime import Runtime
+        from megagamma.job import train
 
-    with explain_peer_failure(config.run.timeout_minutes):
-        code = train(config)
-        Runtime.close()
-        return code
+        with explain_peer_failure(config.run.timeout_minutes):
+            code = train(config)
+            Runtime.close()
+            return code
+    except Exception as error:
+        attach(error, config.run.folder, as_dict(config))
+        raise
 
 
 if __name__ == "__main__":

@@ -1,123 +1,144 @@
-"""Bounded reading of files that others may have written: a text is checked before it is held in memory, JSON before it is
-taken for what was written.
+"""Reading text that a user or a stranger wrote: bounded, strict, and never waiting. The only reader of JSON files.
 
-Every JSON file of the project is read here (YAML: `megagamma.config.yaml_files`), so that a file that is not what its
-name says ends in one sentence: a pipe or a device, a file of gigabytes, another encoding, a key given twice, values nested
-a thousand deep or numbers of thousands of digits.
+A limit is far above what the project writes, so that it stops accidents and attacks only. Standard library only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-MAX_BYTES = 256 * 2**20
+MIB = 2**20
+MAX_JSON_BYTES = 64 * MIB
 MAX_DEPTH = 100
-MAX_DIGITS = 1000
+# More digits than any number that is meant: a float has 17 that count, and 308 are its largest.
+MAX_NUMBER_LENGTH = 300
 
 
-class UnreadableError(ValueError):
-    """Why a file cannot be read, as the end of a sentence that begins with its name."""
+class Unreadable(ValueError):
+    """Text that is not what it should be; the message is the reason alone, and the caller names file and remedy."""
 
 
-def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The content of a regular file. Never waits, as opening a pipe would.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be opened or read.
-        UnreadableError: it is no regular file, or larger than `max_bytes`.
-    """
-    # Not waiting for a writer: between a look at the name and the opening a pipe could take its place.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise UnreadableError("is a folder, where a file is needed")
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError("is no regular file, but a pipe, socket or device")
-        if status.st_size > max_bytes:
-            raise UnreadableError(f"has {status.st_size:,} bytes, more than the limit of {max_bytes:,}")
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:  # it grew, or is a file whose size the system does not know
-        raise UnreadableError(f"has more than the limit of {max_bytes:,} bytes")
-    return content
-
-
-def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
-    """The text of a regular file, UTF-8; a byte order mark at its beginning is left out.
-
-    Raises:
-        OSError, UnreadableError: see `read_bytes`; UnreadableError also when it is not UTF-8.
-    """
-    return decode(read_bytes(path, max_bytes))
-
-
-def decode(content: bytes) -> str:
-    """Bytes as UTF-8, without a byte order mark.
-
-    Raises:
-        UnreadableError: they are not UTF-8, naming the line.
-    """
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UnreadableError(f"is not UTF-8 (byte 0x{content[error.start]:02x} in line {line})") from error
-
-
-def parse_json(text: str, finite: bool = False) -> Any:
-    """A JSON value.
+def read_text(path: str | Path, limit: int = MAX_JSON_BYTES) -> str:
+    """A file's text, UTF-8 with or without a byte order mark.
 
     Args:
-        text: of the whole file, or of a line of JSON lines.
-        finite: refuse NaN and infinite numbers, which are not JSON, though Python writes them.
+        limit: largest size. Unit: bytes.
 
     Raises:
-        UnreadableError: not JSON, a key given twice in one object, nested deeper than `MAX_DEPTH`, or a whole number of
-            more than `MAX_DIGITS` digits.
+        OSError: it is missing or cannot be read.
+        Unreadable: not a regular file (a FIFO or a device would be waited for), too large, or not UTF-8.
     """
     try:
-        return json.loads(
+        # Looked at before it is opened, since opening some devices does something; without waiting, as it can change.
+        _require_regular(os.stat(path).st_mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null byte in the name
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"no name of a file ({error})") from None
+    with open(descriptor, "rb") as file:
+        _require_regular(os.fstat(descriptor).st_mode)
+        data = file.read(limit + 1)
+        if len(data) > limit:
+            size = max(os.fstat(descriptor).st_size, len(data))
+            raise Unreadable(f"{size:,} bytes, where at most {limit:,} are read")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Unreadable(f"not UTF-8 (byte {data[error.start]:#04x} in line {line}): save it as UTF-8") from None
+
+
+def _require_regular(mode: int) -> None:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    if not stat.S_ISREG(mode):
+        raise Unreadable(f"a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file")
+
+
+def parse_json(text: str, finite: bool = True) -> Any:
+    """The JSON value of a text.
+
+    Args:
+        finite: refuse NaN, Infinity and numbers beyond the largest float, which Python's reader takes.
+
+    Raises:
+        Unreadable: not JSON, a repeated key (of which readers take one), or beyond a limit on depth and digits.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            _refuse_repeated(text, [key for key, _ in items])
+        return found
+
+    def constant(word: str) -> float:
+        if finite:
+            raise Unreadable(f"{word}: not a number of JSON: give a finite number, or null")
+        return float(word)
+
+    def decimal(digits: str) -> float:
+        number = float(short(digits))
+        if finite and number in (float("inf"), float("-inf")):
+            raise Unreadable(f"{digits[:40]}: beyond the largest number: give a finite one, or null")
+        return number
+
+    def short(digits: str) -> str:
+        if len(digits) > MAX_NUMBER_LENGTH:
+            raise Unreadable(
+                f"a number of {len(digits):,} digits ({digits[:20]}...): at most {MAX_NUMBER_LENGTH} are read"
+            )
+        return digits
+
+    try:
+        value = json.loads(
             text,
-            object_pairs_hook=_object,
-            parse_int=_whole_number,
-            parse_float=_finite_number if finite else None,
-            parse_constant=_refuse_constant if finite else None,
-        ) if _depth(text) <= MAX_DEPTH else _too_deep()
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_float=decimal,
+            parse_int=lambda digits: int(short(digits)),
+        )
+        deep = depth_above(value, MAX_DEPTH)
     except json.JSONDecodeError as error:
-        raise UnreadableError(f"is not JSON ({error})") from error
+        raise Unreadable(f"not JSON: {error}") from None
     except RecursionError:
-        _too_deep()
+        deep = True
+    if deep:
+        raise Unreadable(f"nested deeper than {MAX_DEPTH} levels")
+    return value
 
 
-def _too_deep() -> Any:
-    raise UnreadableError(f"nests values deeper than {MAX_DEPTH} levels")
+def read_json_value(path: str | Path, finite: bool = True, limit: int = MAX_JSON_BYTES) -> Any:
+    """The JSON value in a file; see `read_text` and `parse_json`.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        Unreadable: it is no regular file, too large, not UTF-8, or not JSON.
+    """
+    return parse_json(read_text(path, limit), finite)
 
 
-def _depth(text: str) -> int:
-    """How deep brackets are nested at most, or more: those inside strings count too where there are very many."""
-    # A text of few brackets cannot be deep; only others are worth a look at each character.
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return 0
-    depth = deepest = 0
-    inside = escaped = False
-    for character in text:
-        if inside:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == '"':
-                inside = False
-        elif character == '"':
-            inside = True
-        elif character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-    return deepest
+def depth_above(value: Any, limit: int) -> bool:
+    """Whether lists and mappings are nested deeper than `limit`. Without recursion."""
+    level, depth = [value], 0
+    while level:
+        inner = [one for one in level if isinstance(one, dict | list)]
+        level = [item for one in inner for item in (one.values() if isinstance(one, dict) else one)]
+        depth += bool(inner)
+        if depth > limit:
+            return True
+    return False
+
+
+def _refuse_repeated(text: str, keys: list[str]) -> NoReturn:
+    key = next(key for key in keys if keys.count(key) > 1)
+    quoted = json.dumps(key)
+    found = [match.start() for match in re.finditer(re.escape(quoted) + r"\s*:", text)]
+    # Where the key stands elsewhere too, which of its lines are meant is not known.
+    lines = [text.count("\n", 0, start) + 1 for start in found] if len(found) == 2 else []
+    where = f" (lines {lines[0]} and {lines[1]})" if len(lines) == 2 and lines[0] != lines[1] else ""
+    raise Unreadable(f"{quoted[:200]} is given twice{where}: keep one of them")

@@ -19,35 +19,8 @@ from megagamma.config.io import current_form
 from megagamma.errors import CheckpointError
 from megagamma.files import write_json
 from megagamma.initialization.report import WeightStatistics
-from megagamma.runs.folder import RunFolder, folder_name, kind_of_folder, steps_saved
 
 _CHUNK = 1 << 22  # elements that are looked at together; unit: 32 MiB of float64
-
-
-def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:
-    """The finished checkpoints that a path means, oldest first.
-
-    Args:
-        path: a checkpoint's folder, a run's, or a run's `checkpoints`.
-        step: of a run's checkpoints only this one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such folder: give a checkpoint's, or a run's")
-    kind = kind_of_folder(path)
-    if kind == "checkpoint":
-        if step is not None and path.resolve().name != folder_name(step):
-            raise CheckpointError(f"--step {step}: {path} is one checkpoint: give the run's folder")
-        return [path]
-    root = RunFolder(path).checkpoints if kind == "run" else path
-    steps = steps_saved(root)
-    if not steps:
-        raise CheckpointError(f"{path}: holds no finished checkpoint: give a checkpoint's folder, or a run's")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"--step {step}: {path} has checkpoints of steps {', '.join(map(str, steps))}")
-    return [root / folder_name(one) for one in (steps if step is None else [step])]
 
 
 def natural(name: str) -> tuple[Any, ...]:

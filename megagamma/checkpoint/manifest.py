@@ -17,6 +17,7 @@ from megagamma.config.io import current_form, from_dict
 from megagamma.config.schema import Config, resolve_model
 from megagamma.errors import CheckpointError, MegagammaError
 from megagamma.model.parameters import KINDS, layer_parameters, logical_parameters, outer_parameters
+from megagamma.reading import Unreadable, read_json_value
 from megagamma.runs.folder import folder_name, is_step_name
 
 FORMAT_VERSION = 2
@@ -154,17 +155,10 @@ def _problem_of_config(config: dict[str, Any]) -> str | None:
 def _read(folder: Path) -> Any:
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: is not a file: {remedy(folder)}")
-        if (size := path.stat().st_size) > _LARGEST_FILE:
-            raise CheckpointError(
-                f"{path}: {size} bytes, where a manifest has at most {_LARGEST_FILE}: {remedy(folder)}"
-            )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_value(path, finite=False, limit=_LARGEST_FILE)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: not a checkpoint, or not a finished one: {MANIFEST} is missing") from None
-    # ValueError: not UTF-8, not JSON, or a number of thousands of digits.
-    except (ValueError, RecursionError, OSError) as error:
+    except (Unreadable, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}): {remedy(folder)}") from error
 
 

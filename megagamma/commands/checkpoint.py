@@ -19,11 +19,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megagamma.checkpoint import inspection
-from megagamma.checkpoint.inspection import checkpoint_folders, describe, difference, verify_files
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import write_json
 from megagamma.reporting.tables import aligned_table
+from megagamma.runs.folder import checkpoint_folders
+
+# What reads checkpoints imports torch, and is imported when it is needed: a wrong path is answered at once.
 
 LIMITS = (
     "Checksums guard against accidents and not against intent: whoever can write a checkpoint can write its checksums."
@@ -32,7 +33,10 @@ LIMITS = (
 
 def inspect(known: argparse.Namespace) -> dict[str, Any]:
     """Print what is in a checkpoint."""
-    found = describe(checkpoint_folders(known.path, known.step)[-1])
+    folder = checkpoint_folders(known.path, known.step)[-1]
+    from megagamma.checkpoint.inspection import describe
+
+    found = describe(folder)
     print(
         f"{found['folder']}: step {found['step']:,}, {found['samples']:,} samples, {found['tokens']:,} tokens, "
         f"format {found['format_version']}"
@@ -59,8 +63,11 @@ def inspect(known: argparse.Namespace) -> dict[str, Any]:
 
 def verify(known: argparse.Namespace) -> dict[str, Any]:
     """Print the state of every file. The error about corruption is left to `main`, which writes the JSON first."""
+    folders = checkpoint_folders(known.path, known.step)
+    from megagamma.checkpoint.inspection import verify_files
+
     checked: list[dict[str, Any]] = []
-    for folder in checkpoint_folders(known.path, known.step):
+    for folder in folders:
         rows = verify_files(folder, full=not known.quick)
         checked.append({"folder": str(folder), "sound": not any(row["problem"] for row in rows), "files": rows})
         print(folder)
@@ -76,6 +83,8 @@ def verify(known: argparse.Namespace) -> dict[str, Any]:
 def seal(known: argparse.Namespace) -> dict[str, Any]:
     """Add the checksum of checkpoint.json where it is missing, after checking all else."""
     added, problems = [], []
+    from megagamma.checkpoint import inspection
+
     for folder in checkpoint_folders(known.path, known.step):
         try:
             if inspection.seal(folder):
@@ -92,6 +101,8 @@ def diff(known: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= known.tolerance < math.inf:
         raise ConfigurationError(f"--tolerance {known.tolerance} must be a finite number, 0 or more")
     first, second = (checkpoint_folders(path, known.step)[-1] for path in (known.a, known.b))
+    from megagamma.checkpoint.inspection import difference
+
     found = difference(first, second, tolerance=known.tolerance)
     for folder, step, samples in zip(found["folders"], found["steps"], found["samples"], strict=True):
         print(f"{folder}: step {step:,}, {samples:,} samples")

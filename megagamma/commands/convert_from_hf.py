@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megagamma.huggingface.importing import import_model
+from megagamma.files import read_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="pad the vocabulary to a multiple of this, which every tensor-parallel degree must divide (default 128)",
     )  # fmt: skip
     args = parser.parse_args(arguments)
+    read_json(args.folder / "config.json")  # a wrong path is answered at once: what follows imports torch
+    from megagamma.huggingface.importing import import_model
+
     checkpoint = import_model(
         args.folder, args.out, tokenizer=args.tokenizer, vocab_size_multiple=args.vocab_size_multiple
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from megagamma.config.yaml_reader import read_card_header
 from megagamma.errors import ConfigurationError, EvaluationError
 from megagamma.evaluation.mirror import HEADER, VARIABLE, folder_of, header, holds
 from megagamma.evaluation.tasks import TaskRequest, dataset_configs, plan
@@ -110,7 +111,7 @@ def keep_configs(readme: Path, kept: list[str]) -> None:
     text = readme.read_text(encoding="utf-8")
     found = HEADER.match(text)
     assert found is not None
-    values = yaml.safe_load(found[1])
+    values = read_card_header(found[1])
     values["configs"] = [one for one in values["configs"] if one.get("config_name", "default") in kept]
     note = "\n<!-- A part of the data set: the header names only the configs that were copied. -->"
     readme.write_text(f"---\n{yaml.safe_dump(values, sort_keys=False)}---{note}{text[found.end() :]}", encoding="utf-8")

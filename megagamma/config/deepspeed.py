@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
+from megagamma.reading import Unreadable, read_json_value
 
 AUTO = "auto"
 
@@ -41,10 +41,11 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
             raise ConfigurationError(f"deepspeed_config={path}: there is no such file: give DeepSpeed's JSON file")
         path = str(in_tree)
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"deepspeed_config={path}: not JSON ({error}): fix the file") from error
+        values = read_json_value(path)
+    except Unreadable as error:
+        raise ConfigurationError(f"deepspeed_config={path}: {error}: fix the file") from error
+    except OSError as error:
+        raise ConfigurationError(f"deepspeed_config={path}: cannot be read ({error.strerror}): fix the file") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"deepspeed_config={path}: must be a JSON object, not {type(values).__name__}")
     return values

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-import yaml
-
 from megagamma.config.schema import ROLES
+from megagamma.config.yaml_reader import parse_yaml
 from megagamma.errors import ConfigurationError
+from megagamma.reading import Unreadable
 
 
 def take_exponents(init: dict[str, Any], source: str) -> dict[str, float | None]:
@@ -63,6 +63,6 @@ def merge_exponents(older: dict[str, float], newer: dict[str, float | None]) -> 
 def flag_value(text: str) -> Any:
     """A flag's value as YAML, as the parser reads it."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except Unreadable:
         return text

@@ -20,8 +20,12 @@ import yaml
 
 from megagamma.config.exponents import flag_value, merge_exponents, take_exponents
 from megagamma.config.resolve import resolve, validate
+from megagamma.config.rules import check_bounds
 from megagamma.config.schema import ROLES, Config
+from megagamma.config.stored import config_of_sections
+from megagamma.config.yaml_reader import parse_value, read_yaml, write_quoted
 from megagamma.errors import ConfigurationError
+from megagamma.reading import MAX_NUMBER_LENGTH, Unreadable
 
 # Names of earlier or neighbouring tools, so that a user of those learns ours.
 _SYNONYMS = {
@@ -38,6 +42,9 @@ _SYNONYMS = {
     "data.seq_length": "data.sequence_length",
     "run.max_steps": "run.steps",
 }
+
+# Characters of a name or value that a message repeats.
+_SHOWN = 200
 
 # Types in the words of a YAML file.
 _WORDS = {
@@ -66,8 +73,14 @@ def known_keys() -> list[str]:
 def build_parser(program: str | None = None, description: str = "") -> jsonargparse.ArgumentParser:
     """The command-line parser whose schema is `Config`; programs may add arguments of their own to it."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader("bounded_yaml", parse_value, (Unreadable,))
     parser = jsonargparse.ArgumentParser(
-        prog=program, description=description, exit_on_error=False, default_env=False, allow_abbrev=False
+        prog=program,
+        description=description,
+        exit_on_error=False,
+        default_env=False,
+        allow_abbrev=False,
+        parser_mode="bounded_yaml",
     )
     parser.add_argument("--config", action="config", help="YAML file of options; repeatable, later files win.")
     hints = get_type_hints(Config)
@@ -88,6 +101,22 @@ def build_parser(program: str | None = None, description: str = "") -> jsonargpa
     return parser
 
 
+def _not_an_option(key: str) -> str:
+    """What is said about an option that does not exist: the nearest that does."""
+    key = key[:_SHOWN]
+    near = _SYNONYMS.get(key)
+    if near is None:
+        keys = [*known_keys(), *(f"init.{role}" for role in ROLES)]
+        matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+        if not matches:
+            leaf = key.rsplit(".", 1)[-1]
+            leaves = {name.rsplit(".", 1)[-1]: name for name in keys}
+            matches = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+        near = matches[0] if matches else None
+    hint = f"did you mean {near}?" if near else "see --help for every option"
+    return f"{key} is not an option: {hint}"
+
+
 def _explain(error: BaseException) -> str:
     """A parser's complaint as one sentence, with the nearest known option where a key is unknown."""
     text = " ".join(str(error).split())
@@ -98,18 +127,7 @@ def _explain(error: BaseException) -> str:
     )
     if unknown:
         flag, option, group, member = unknown.groups()
-        key = f"{group}.{member}" if group else (flag or option)
-        near = _SYNONYMS.get(key)
-        if near is None:
-            keys = [*known_keys(), *(f"init.{role}" for role in ROLES)]
-            matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-            if not matches:
-                leaf = key.rsplit(".", 1)[-1]
-                leaves = {name.rsplit(".", 1)[-1]: name for name in keys}
-                matches = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-            near = matches[0] if matches else None
-        hint = f"did you mean {near}?" if near else "see --help for every option"
-        return f"{key} is not an option: {hint}"
+        return _not_an_option(f"{group}.{member}" if group else (flag or option))
     text = re.sub(r"Parser key \"?([\w.]+)\"?:", r"\1:", text)
     # An option that may be left out: of its two complaints only the one about the other type helps.
     text = re.sub(
@@ -119,7 +137,8 @@ def _explain(error: BaseException) -> str:
     )
     for found, word in _WORDS.items():
         text = text.replace(found, word)
-    return text
+    # A value may be as long as a file.
+    return text if len(text) <= 4 * _SHOWN else f"{text[: 2 * _SHOWN]} ... {text[-_SHOWN:]}"
 
 
 def to_config(namespace: Any) -> Config:
@@ -137,34 +156,81 @@ def to_config(namespace: Any) -> Config:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    """A config file's sections. Its form is checked here, naming the file; its options are the parser's matter.
+    """A config file's sections. Its form is checked here, naming the file; its values are the parser's matter.
 
     Raises:
         ConfigurationError: missing, not YAML, or not sections of options.
     """
-    if not os.path.isfile(path):
-        raise ConfigurationError(f"--config {path}: there is no such file: give the path of a YAML file")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"--config {path}: not YAML ({reason}): fix the file") from error
+        if not os.path.exists(path):
+            raise ConfigurationError(f"--config {path}: there is no such file: give the path of a YAML file")
+        values = read_yaml(path)
+    except Unreadable as error:
+        raise ConfigurationError(f"--config {path}: {error}: fix the file") from error
+    except OSError as error:
+        raise ConfigurationError(f"--config {path}: cannot be read ({error.strerror}): give a file that can") from error
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {type(values).__name__}"
         raise ConfigurationError(f"--config {path}: is {what}: give sections of options, such as 'run: {{steps: 10}}'")
-    for name, kind in get_type_hints(Config).items():
-        if dataclasses.is_dataclass(kind) and name in values and not isinstance(values[name], dict):
+    return _sections(values, f"--config {path}: ")
+
+
+def _sections(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Sections of options, `run.steps: 10` as `run: {steps: 10}`.
+
+    Raises:
+        ConfigurationError: an option that does not exist, or that is given twice. The parser would take some of these for
+            the name of a class, or of another file, to load.
+    """
+    names = {
+        name: [item.name for item in dataclasses.fields(kind)]
+        for name, kind in get_type_hints(Config).items()
+        if dataclasses.is_dataclass(kind)
+    }
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name, dot, option = key.partition(".") if isinstance(key, str) else (str(key), "", "")
+        if name == "config" or not isinstance(key, str):
+            raise ConfigurationError(f"{source}{_not_an_option(str(key))}")
+        if name not in names:
+            result[key] = value  # a program's own
+            continue
+        section = {option: value} if dot else value
+        if not isinstance(section, dict):
             raise ConfigurationError(
-                f"--config {path}: {name}={values[name]!r}: {name} is a section: give its options, such as "
-                f"'{name}: {{{dataclasses.fields(kind)[0].name}: ...}}'"
+                f"{source}{name}={str(value)[:_SHOWN]}: {name} is a section: give its options, such as "
+                f"'{name}: {{{names[name][0]}: ...}}'"
             )
-    return values
+        for item in section:
+            if str(item).partition(".")[0] not in [*names[name], *(ROLES if name == "init" else ())]:
+                raise ConfigurationError(_not_an_option(f"{name}.{item}"))
+            if item in result.get(name, {}):
+                raise ConfigurationError(f"{source}{name}.{item} is given twice: keep one of them")
+            _refuse_base_60(f"{name}.{item}", section[item], source)
+        result[name] = {**result.get(name, {}), **section}
+    return result
 
 
-def _with_exponents(arguments: list[str]) -> list[str]:
-    """The command line with all that it says of init.exponents, in any spelling and in its files, as one last argument.
+# YAML 1.1 takes 1:30 for ninety, and the parser would.
+_BASE_60 = re.compile(r"(?<![\w.])[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?![\w:])")
 
-    As everywhere, what comes later wins, role by role.
+
+def _refuse_base_60(name: str, value: Any, source: str = "") -> None:
+    """Refuse 1:30 where a number belongs.
+
+    Raises:
+        ConfigurationError: naming the option.
+    """
+    section, _, key = name.partition(".")
+    kind = get_type_hints(get_type_hints(Config).get(section, Config)).get(key.partition(".")[0])
+    if ("int" in str(kind) or "float" in str(kind)) and _BASE_60.search(str(value)):
+        raise ConfigurationError(f"{source}{name}={str(value)[:_SHOWN]} must be a number, and 1:30 is none: write 90")
+
+
+def _own_arguments(arguments: list[str]) -> list[str]:
+    """The command line as the parser takes it: its files and sections as text, all of init.exponents as one last argument.
+
+    As everywhere, what comes later wins, and of init.exponents role by role.
 
     Raises:
         ConfigurationError: an unusable file, or two values for one role in one file or on the command line.
@@ -172,23 +238,31 @@ def _with_exponents(arguments: list[str]) -> list[str]:
     rest: list[str] = []
     exponents: dict[str, float] = {}
     flags: dict[str, Any] = {}
+    sections = [name for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)]
     words = iter(arguments)
     for word in words:
         name, equals, text = word.partition("=")
         value: str | None = text
         key, _, role = name.removeprefix("--init.").partition(".")
         is_exponent = name.startswith("--init.") and (key == "exponents" or (key in ROLES and not role))
-        if not equals and (name == "--config" or is_exponent):
+        is_file = name == "--config" or (name.startswith("--") and name[2:] in sections)
+        if not equals and (is_file or is_exponent):
             value = next(words, None)
-        if value is None or not (name == "--config" or is_exponent):
+        if value is None or not (is_file or is_exponent):
+            if ":" in word:
+                flag = name if equals else (rest[-1] if rest else "")
+                _refuse_base_60(flag.removeprefix("--"), value if equals else word)
             rest.append(word)  # also a flag whose value is missing, which the parser names
-        elif name == "--config":
-            values = _read_file(value)
+        elif is_file:
+            source = f"{name} {value[:_SHOWN]}: "
+            if name == "--config":
+                values = _read_file(value)
+            else:
+                values = _sections({name[2:]: _section_value(name, value)}, source)
             init = values.get("init")
             if init and {"exponents", *ROLES} & set(init):
-                exponents = merge_exponents(exponents, take_exponents(init, f"--config {value}: "))
-                value = _text_without_exponents(value)  # the parser takes the text of a file, too
-            rest += ["--config", value]
+                exponents = merge_exponents(exponents, take_exponents(init, source))
+            rest += ["--config", write_quoted(values)]
         else:
             given = flag_value(value)
             section = {key: {role: given} if role else given}
@@ -200,21 +274,26 @@ def _with_exponents(arguments: list[str]) -> list[str]:
     return [*rest, f"--init.exponents={json.dumps(exponents)}"] if exponents or flags else rest
 
 
-def _text_without_exponents(path: str) -> str:
-    """A config file's text without init.exponents, its other values as they are written: the parser reads 1e-3 itself."""
-    document: Any = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    for name, section in document.value:
-        if name.value == "init":
-            section.value = [pair for pair in section.value if pair[0].value not in ("exponents", *ROLES)]
-    return yaml.serialize(document, Dumper=yaml.SafeDumper)
+def _section_value(name: str, value: str) -> Any:
+    """A whole section on the command line: its options, or a file of them."""
+    try:
+        return read_yaml(value) if os.path.exists(value) else parse_value(value)
+    except (Unreadable, OSError) as error:
+        raise ConfigurationError(f"{name} {value[:_SHOWN]}: {error}: give its options, or a file of them") from error
 
 
 def parse_namespace(parser: jsonargparse.ArgumentParser, arguments: list[str] | None = None) -> Any:
     """Parse, turning every complaint of the parser into a `ConfigurationError`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for word in arguments:
+        if len(word) > MAX_NUMBER_LENGTH and (digits := re.search(rf"[0-9]{{{MAX_NUMBER_LENGTH},}}", word)):
+            raise ConfigurationError(
+                f"{word[: max(20, digits.start() + 20)][:_SHOWN]}...: a number of {len(digits[0]):,} digits: at most "
+                f"{MAX_NUMBER_LENGTH} are read"
+            )
     try:
-        return parser.parse_args(_with_exponents(arguments))
-    except jsonargparse.ArgumentError as error:
+        return parser.parse_args(_own_arguments(arguments))
+    except (jsonargparse.ArgumentError, OverflowError, RecursionError) as error:
         raise ConfigurationError(_explain(error)) from error
 
 
@@ -255,7 +334,7 @@ def current_form(values: dict[str, Any]) -> dict[str, Any]:
 
     Before init.exponents, every role was a key of its own in the section `init`, null for init.gamma.
     """
-    if "init" not in values:
+    if not isinstance(values.get("init"), dict):
         return values
     init = dict(values["init"])
     exponents = merge_exponents({}, take_exponents(init, ""))
@@ -263,14 +342,13 @@ def current_form(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The config that `as_dict` gave, of this version or an older one. Keys that are not there take their defaults."""
-    values = current_form(values)
-    sections: dict[str, Any] = {}
-    for name, kind in get_type_hints(Config).items():
-        if name in values:
-            sections[name] = kind(**values[name]) if dataclasses.is_dataclass(kind) else values[name]  # type: ignore[operator]
-    config = Config(**sections)
-    config.optimizer.betas = tuple(config.optimizer.betas)  # type: ignore[assignment]
+    """The config that `as_dict` gave, of this version or an older one. Keys that are not there take their defaults.
+
+    Raises:
+        ConfigurationError: an option that does not exist, or a value of another type or out of its bounds.
+    """
+    config = config_of_sections(current_form(values))
+    check_bounds(config)
     return config
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from megagamma.config.schema import ROLES, Bounds, Config
 from megagamma.errors import ConfigurationError
 
+_MAX_RISES = 100_000  # of the batch ramp
+
 
 def divisors(value: int, limit: int = 64) -> str:
     """Advice that names the divisors of a number up to `limit`: "use 1, 2 or 4"."""
@@ -39,8 +41,15 @@ def bounded_values(config: Config) -> Iterator[tuple[str, float, Bounds]]:
                 yield name, value, bounds
 
 
-def _check_bounds(config: Config) -> None:
+def check_bounds(config: Config) -> None:
+    """Check the bounds of every option.
+
+    Raises:
+        ConfigurationError: the first value that is out of them.
+    """
     for name, value, bounds in bounded_values(config):
+        if bounds.exceeded(value):
+            raise ConfigurationError(f"{name}={value} must be at most {bounds.limit:,}: no run is larger")
         if not bounds.allow(value):
             raise ConfigurationError(f"{name}={value} {bounds}")
 
@@ -203,6 +212,11 @@ def check_batches(config: Config, replicas: int) -> None:
                 f"data.batch_ramp={data.batch_ramp}: from start={start}, steps of increment={increment} must reach "
                 f"data.global_batch_size={data.global_batch_size} exactly"
             )
+        if (data.global_batch_size - start) // increment > _MAX_RISES:
+            raise ConfigurationError(
+                f"data.batch_ramp={data.batch_ramp}: increment={increment} must reach data.global_batch_size="
+                f"{data.global_batch_size} in at most {_MAX_RISES:,} rises: use a larger increment"
+            )
         batches += [("data.batch_ramp start", start), ("data.batch_ramp increment", increment)]
     for name, value in batches:
         if value % unit:
@@ -286,7 +300,7 @@ def check_options(config: Config) -> None:
             f"run.steps={config.run.steps} and run.tokens={config.run.tokens:g}: give one of them, not both"
         )
     _check_folder(config)
-    _check_bounds(config)
+    check_bounds(config)
     _check_schedule(config)
     _check_model(config)
     _check_exponents(config)

@@ -39,16 +39,23 @@ class Bounds:
     below: float | None = None
     rule: str = ""
     """The bounds in words, where those below do not say enough."""
+    limit: float = 1e15
+    """Largest value where nothing else bounds it: beyond any run, so that no mistake makes a loop or a buffer of that size."""
 
     def allow(self, value: float) -> bool:
         """Whether a value is within the bounds."""
         return (
-            math.isfinite(value)
+            not self.exceeded(value)
+            and math.isfinite(value)
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
             and (self.maximum is None or value <= self.maximum)
             and (self.below is None or value < self.below)
         )
+
+    def exceeded(self, value: float) -> bool:
+        """Whether a value is beyond the limit, which the rule in words does not name."""
+        return self.maximum is None and self.below is None and self.limit < value < math.inf
 
     def __str__(self) -> str:
         """The rule, to follow the option's name and value: "must be at least 1"."""
@@ -76,9 +83,9 @@ class RunConfig:
     """Name of the run in reports and in wandb."""
     folder: str = "runs/{name}"
     """Folder of the run's files; `{name}` is replaced by run.name."""
-    steps: int | None = option(None, minimum=1)
+    steps: int | None = option(None, minimum=1, limit=10**9)
     """Optimizer steps to train. Unit: steps. Give this or run.tokens; with neither, 1000."""
-    tokens: float | None = option(None, minimum=1)
+    tokens: float | None = option(None, minimum=1, limit=1e18)
     """Token budget in place of run.steps. Unit: tokens; rounded up to whole steps. 20 per parameter is a common choice."""
     seed: int = option(1234, minimum=0, maximum=2**64 - 1, rule="must be at least 0 and below 2^64")
     """Seed of the initial weights and of the data order."""
@@ -87,11 +94,11 @@ class RunConfig:
     holds a run; must: fail when there is no checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model. auto: cuda when there is one, else cpu."""
-    threads: int = option(0, minimum=0)
+    threads: int = option(0, minimum=0, limit=10**5)
     """CPU threads per process. 0: OMP_NUM_THREADS when set (torchrun sets it to 1), else cores / processes on this node."""
-    timeout_minutes: float = option(30.0, above=0)
+    timeout_minutes: float = option(30.0, above=0, limit=1e6)
     """Deadline of every collective operation. Unit: minutes. [practice]"""
-    start_minutes: float = option(10.0, above=0)
+    start_minutes: float = option(10.0, above=0, limit=1e6)
     """Deadline for all processes to come to the start; those that are missing then are named. Unit: minutes."""
     deterministic: bool = False
     """Ask torch for deterministic kernels on a GPU (slower). CPU runs are deterministic in any case."""
@@ -101,21 +108,21 @@ class RunConfig:
 class ModelConfig:
     """Shape of the decoder: pre-norm RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases [INF from method 3.3]."""
 
-    hidden_size: int = option(256, minimum=1)
+    hidden_size: int = option(256, minimum=1, limit=2**20)
     """Width d of the residual stream. Unit: features."""
-    num_layers: int = option(4, minimum=1)
+    num_layers: int = option(4, minimum=1, limit=10_000)
     """Number of transformer layers."""
-    num_attention_heads: int = option(4, minimum=1)
+    num_attention_heads: int = option(4, minimum=1, limit=2**16)
     """Query heads per layer."""
-    num_query_groups: int | None = option(None, minimum=1)
+    num_query_groups: int | None = option(None, minimum=1, limit=2**16)
     """Key-value heads per layer (grouped-query attention). Default: num_attention_heads."""
-    head_dim: int | None = option(None, minimum=2)
+    head_dim: int | None = option(None, minimum=2, limit=2**16)
     """Features per head. Default: hidden_size / num_attention_heads."""
-    ffn_hidden_size: int | None = option(None, minimum=1)
+    ffn_hidden_size: int | None = option(None, minimum=1, limit=2**24)
     """Width of the SwiGLU. Default: 8/3 of hidden_size, rounded up to a multiple of 64."""
-    vocab_size: int | None = option(None, minimum=2)
+    vocab_size: int | None = option(None, minimum=2, limit=2**28)
     """True vocabulary. Unit: tokens. Default: the tokenizer's."""
-    vocab_size_multiple: int = option(128, minimum=1)
+    vocab_size_multiple: int = option(128, minimum=1, limit=2**20)
     """The embedding is padded to a multiple of this, which every tensor-parallel degree must divide, so that the
     padded size does not depend on the layout. [practice: Megatron's make-vocab-size-divisible-by]"""
     tie_embeddings: bool = False
@@ -194,11 +201,11 @@ class DataConfig:
     """Folder for embedded texts that are prepared on first use."""
     weights: list[float] | None = None
     """Share of each of data.paths in training, any positive numbers. Default: by their tokens."""
-    sequence_length: int = option(256, minimum=2)
+    sequence_length: int = option(256, minimum=2, limit=2**27)
     """Tokens per sample. Unit: tokens."""
-    global_batch_size: int = option(32, minimum=1)
+    global_batch_size: int = option(32, minimum=1, limit=2**27)
     """Samples per optimizer step, over all ranks."""
-    micro_batch_size: int = option(8, minimum=1)
+    micro_batch_size: int = option(8, minimum=1, limit=2**24)
     """Samples per forward pass of one rank."""
     batch_ramp: list[int] | None = None
     """[start, increment, samples]: begin with global batch `start` and raise it by `increment`, evenly over the first
@@ -220,7 +227,7 @@ class DataConfig:
 class TokenizerConfig:
     """Tokenizer of an embedded corpus; prepared folders bring their own."""
 
-    vocab_size: int | None = option(None, minimum=2)
+    vocab_size: int | None = option(None, minimum=2, limit=2**28)
     """Vocabulary to train for data.corpus. Unit: tokens. Default: 4096 for sotu, 512 for tiny."""
     path: str = ""
     """A SentencePiece .model that the data must have been encoded with; checked by fingerprint."""
@@ -254,7 +261,7 @@ class ScheduleConfig:
     """wsd: warm-up, stable, then a linear decay over the last decay_ratio of the run."""
     warmup_ratio: float = option(0.03, minimum=0, maximum=1)
     """Share of the steps spent warming up. [PRE]"""
-    warmup_steps: int | None = option(None, minimum=0)
+    warmup_steps: int | None = option(None, minimum=0, limit=10**9)
     """Warm-up in steps, in place of the ratio."""
     min_lr_ratio: float = option(0.1, minimum=0, maximum=1)
     """Last learning rate over the peak. [PRE]"""
@@ -266,15 +273,15 @@ class ScheduleConfig:
 class ParallelConfig:
     """How the model is laid over ranks. The rest of the world is data parallel, split by DeepSpeed's ZeRO stage."""
 
-    tensor: int = option(1, minimum=1)
+    tensor: int = option(1, minimum=1, limit=2**20)
     """Tensor-parallel ranks (t)."""
-    pipeline: int = option(1, minimum=1)
+    pipeline: int = option(1, minimum=1, limit=10_000)
     """Pipeline stages (p)."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals are split over the tensor-parallel ranks."""
-    virtual_pipeline: int | None = option(None, minimum=1)
+    virtual_pipeline: int | None = option(None, minimum=1, limit=10_000)
     """Virtual stages per pipeline rank (interleaved schedule)."""
-    context: int = option(1, minimum=1)
+    context: int = option(1, minimum=1, limit=2**20)
     """Context-parallel ranks."""
     memory_gib: float | None = option(None, above=0)
     """Memory of one rank's device. Unit: GiB. With it a layout that cannot fit is refused before launch, see
@@ -298,7 +305,7 @@ class CheckpointConfig:
     """Steps between checkpoints. 0: only at the end and when the run is told to stop."""
     keep_last: int = option(3, minimum=0)
     """Newest checkpoints kept; 0 keeps all. Permanent ones are not counted."""
-    permanent: list[int] = option([], minimum=0)
+    permanent: list[int] = option([], minimum=0, limit=10**9)
     """Steps whose checkpoints are written and never deleted."""
     log_spaced: bool = False
     """Also write permanent checkpoints at steps 1, 2, 4, 8, ..., for studies of training dynamics. [practice: Pythia]"""
@@ -320,7 +327,7 @@ class ValidationConfig:
     """Name and prepared folder of each set. Default: the validation split of every training folder."""
     interval: int = option(100, minimum=0)
     """Steps between validations. 0: only at the end."""
-    windows: int = option(64, minimum=0)
+    windows: int = option(64, minimum=0, limit=10**12)
     """Windows of sequence_length per set; 0 uses all of it."""
     at_end: bool = True
     """Validate after the last step."""
@@ -352,7 +359,7 @@ class GuardConfig:
     """A loss far above its recent mean: report it, stop the run, or leave the step out."""
     spike_sigma: float = option(6.0, above=0)
     """A spike is a loss more than this many standard deviations above the mean of the last spike_window steps."""
-    spike_window: int = option(64, minimum=2)
+    spike_window: int = option(64, minimum=2, limit=10**6)
     """Steps that the mean and deviation are taken over; no spike is called before they are full."""
     max_skips: int = option(10, minimum=0)
     """Steps in a row that may be left out before the run stops, for a loss or for gradients that are not finite alike. A
@@ -373,7 +380,7 @@ class LoggingConfig:
     """Steps between text samples; 0: one at the end."""
     sample_prompt: str = "The "
     """Text that samples continue."""
-    sample_tokens: int = option(64, minimum=0)
+    sample_tokens: int = option(64, minimum=0, limit=10**6)
     """Length of a sample; 0 writes none. Unit: tokens."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """wandb mirrors the metrics; a failure of it only warns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from megagamma.config.schema import Config, DataConfig
 
@@ -22,29 +23,39 @@ def batch_size(data: DataConfig, consumed: int) -> int:
     return start + increment * min(rises, consumed * (rises + 1) // samples)
 
 
+def _ramp(data: DataConfig) -> Iterator[tuple[int, int]]:
+    """Batch sizes of the ramp below the last, and how many steps have each: a run of any length is counted at once."""
+    if data.batch_ramp is None:
+        return
+    start, increment, samples = data.batch_ramp
+    rises, consumed = (data.global_batch_size - start) // increment, 0
+    while (size := batch_size(data, consumed)) < data.global_batch_size:
+        following = -(-((size - start) // increment + 1) * samples // (rises + 1))  # samples at which the batch grows
+        steps = -(-(following - consumed) // size)
+        yield size, steps
+        consumed += steps * size
+
+
 def total_steps(config: Config) -> int:
     """Optimizer steps of the run, from run.steps or from the token budget, rounded up to whole steps."""
     if config.run.steps is not None:
         return config.run.steps
     assert config.run.tokens is not None
-    wanted = math.ceil(config.run.tokens / config.data.sequence_length)
-    consumed, steps = 0, 0
-    while (
-        consumed < wanted
-        and config.data.batch_ramp is not None
-        and batch_size(config.data, consumed) < config.data.global_batch_size
-    ):
-        consumed += batch_size(config.data, consumed)
-        steps += 1
-    return steps + max(0, math.ceil((wanted - consumed) / config.data.global_batch_size))
+    missing, done = math.ceil(config.run.tokens / config.data.sequence_length), 0
+    for size, steps in _ramp(config.data):
+        steps = min(steps, math.ceil(missing / size))
+        missing, done = missing - steps * size, done + steps
+        if missing <= 0:
+            return done
+    return done + math.ceil(missing / config.data.global_batch_size)
 
 
 def samples_before(data: DataConfig, step: int) -> int:
     """Samples consumed by steps 1 to `step`. Unit: samples."""
-    if data.batch_ramp is None:
-        return step * data.global_batch_size
-    consumed, done = 0, 0
-    while done < step and batch_size(data, consumed) < data.global_batch_size:
-        consumed += batch_size(data, consumed)
-        done += 1
-    return consumed + (step - done) * data.global_batch_size
+    consumed, left = 0, step
+    for size, steps in _ramp(data):
+        steps = min(steps, left)
+        consumed, left = consumed + steps * size, left - steps
+        if not left:
+            return consumed
+    return consumed + left * data.global_batch_size

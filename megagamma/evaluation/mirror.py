@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megagamma.config.yaml_reader import read_card_header
 from megagamma.errors import EvaluationError
 from megagamma.evaluation.compat import is_file_format, replaced_attribute
+from megagamma.reading import Unreadable
 
 VARIABLE = "MEGAGAMMA_MIRROR"
 HEADER = re.compile(r"---[ \t]*\n(.*?)\n---", re.DOTALL)
@@ -62,8 +62,8 @@ def header(readme: Path) -> dict[str, list[str]]:
         return {}
     text = HEADER.match(readme.read_text(encoding="utf-8", errors="replace"))
     try:
-        values = yaml.safe_load(text[1]) if text else None
-    except yaml.YAMLError:
+        values = read_card_header(text[1]) if text else None
+    except Unreadable:
         return {}
     configs = values.get("configs") if isinstance(values, dict) else None
     patterns: dict[str, list[str]] = {}

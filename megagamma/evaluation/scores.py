@@ -17,6 +17,7 @@ from typing import Any
 
 from megagamma.errors import EvaluationError, MegagammaError
 from megagamma.files import write_json, write_text
+from megagamma.reading import read_json_value
 from megagamma.reporting.tables import csv_table, format_score, markdown_table
 
 FORMAT = 1
@@ -112,7 +113,7 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
         EvaluationError: it is corrupt, or of another format.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json_value(path, finite=False)
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -28,9 +28,10 @@ from typing import Any, Literal
 import yaml
 
 from megagamma.config.io import load_config, save_config
-from megagamma.config.schema import Config
-from megagamma.errors import DataError
-from megagamma.files import JsonLines, copy_file, first_free, read_json, write_json
+from megagamma.config.schema import Config, RunConfig
+from megagamma.errors import CheckpointError, ConfigurationError, DataError
+from megagamma.files import JsonLines, copy_file, first_free, read_json, require_writable, write_json
+from megagamma.owned import require_place
 
 _STEP_NAME = re.compile(r"step_(\d{8})")
 
@@ -98,6 +99,36 @@ def kind_of_folder(path: Path) -> Literal["run", "checkpoint", "checkpoints"] | 
     if _STEP_NAME.fullmatch(path.name) and not (path / "config.json").is_file():
         return "checkpoint"
     return "checkpoints" if steps_saved(path) else None
+
+
+def check_resume(run: RunConfig) -> None:
+    """Check run.resume against what the run's folder holds.
+
+    Raises:
+        ConfigurationError, CheckpointError: there is a run where none may be, or no checkpoint where one must be.
+    """
+    folder, mode = RunFolder(run.folder), run.resume
+    if mode == "never" and folder.holds_steps:
+        raise ConfigurationError(
+            f"run.folder={folder.path} holds a run already, and run.resume=never: choose another folder, or "
+            "--run.resume auto"
+        )
+    if mode == "must" and not folder.steps():
+        raise CheckpointError(
+            f"run.folder={folder.path} holds no finished checkpoint, and run.resume=must: check the folder's name, or use "
+            "--run.resume auto"
+        )
+
+
+def check_folder(run: RunConfig) -> None:
+    """Check that the run's folder can be used as asked, and create it.
+
+    Raises:
+        ConfigurationError, CheckpointError, MegagammaError: it cannot.
+    """
+    require_place(Path(run.folder), f"run.folder={run.folder}", itself=("run",), around=("run",))
+    check_resume(run)
+    require_writable(run.folder, "run.folder")
 
 
 class RunFolder:
@@ -253,3 +284,29 @@ class RunFolder:
     def samples(self) -> JsonLines:
         """Texts that the model wrote, by ascending step."""
         return JsonLines(self.samples_file)
+
+
+def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:
+    """The finished checkpoints that a path means, oldest first.
+
+    Args:
+        path: a checkpoint's folder, a run's, or a run's `checkpoints`.
+        step: of a run's checkpoints only this one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such folder: give a checkpoint's, or a run's")
+    kind = kind_of_folder(path)
+    if kind == "checkpoint":
+        if step is not None and path.resolve().name != folder_name(step):
+            raise CheckpointError(f"--step {step}: {path} is one checkpoint: give the run's folder")
+        return [path]
+    root = RunFolder(path).checkpoints if kind == "run" else path
+    steps = steps_saved(root)
+    if not steps:
+        raise CheckpointError(f"{path}: holds no finished checkpoint: give a checkpoint's folder, or a run's")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"--step {step}: {path} has checkpoints of steps {', '.join(map(str, steps))}")
+    return [root / folder_name(one) for one in (steps if step is None else [step])]

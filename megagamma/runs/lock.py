@@ -158,7 +158,7 @@ def _read(path: Path) -> LockHolder | None:
         raise MegagammaError(f"{path}: cannot be read ({error.strerror}): {advice(error)}") from error
     try:
         return LockHolder(**json.loads(text))
-    except (json.JSONDecodeError, TypeError):
+    except (ValueError, RecursionError, TypeError):
         # Being written where there are no hard links, or changed by hand: held until it is old.
         token = hashlib.sha256(text.encode()).hexdigest()[:32]
         return LockHolder("an unknown host", "", "", 0, 0, None, changed, changed, token)

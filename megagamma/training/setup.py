@@ -23,8 +23,7 @@ from megagamma.data.sources import RunData
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.distributed.state import partition_writer
-from megagamma.errors import CheckpointError, ConfigurationError
-from megagamma.files import require_writable
+from megagamma.errors import CheckpointError
 from megagamma.initialization.report import (
     as_json,
     by_role,
@@ -35,10 +34,9 @@ from megagamma.initialization.report import (
 )
 from megagamma.model.initialize import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
-from megagamma.owned import require_place
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
-from megagamma.runs.folder import RunFolder
+from megagamma.runs.folder import RunFolder, check_folder
 from megagamma.runs.lock import RunLock
 from megagamma.runs.provenance import installed_versions, provenance
 from megagamma.training.assembly import build, choose_dtype
@@ -88,26 +86,6 @@ class Session:
         # After an error other ranks may be gone, and leaving the groups would wait for them.
         if kind is None:
             self.engine.close()
-
-
-def _check_folder(config: Config) -> None:
-    """Check that the run's folder can be used as asked. Runs on rank 0.
-
-    Raises:
-        ConfigurationError, CheckpointError, MegagammaError: the folder cannot be used as asked.
-    """
-    run, mode = RunFolder(config.run.folder), config.run.resume
-    require_place(run.path, f"run.folder={run.path}", itself=("run",), around=("run",))
-    if mode == "never" and run.holds_steps:
-        raise ConfigurationError(
-            f"run.folder={run.path} holds a run already, and run.resume=never: choose another folder, or --run.resume auto"
-        )
-    if mode == "must" and not run.steps():
-        raise CheckpointError(
-            f"run.folder={run.path} holds no finished checkpoint, and run.resume=must: check the folder's name, or use "
-            "--run.resume auto"
-        )
-    require_writable(run.path, "run.folder")
 
 
 # What a checkpoint belongs to: another value here is another model, or another experiment under the same name.
@@ -225,7 +203,7 @@ def prepare_session(config: Config, runtime: Runtime, open_data: Callable[[Confi
     Raises:
         MegagammaError: one clear reason, before a step is made and with everything that was there untouched.
     """
-    runtime.run_on_rank0(lambda: _check_folder(config))
+    runtime.run_on_rank0(lambda: check_folder(config.run))
     lock = RunLock(config.run.folder)
     runtime.run_on_rank0(lock.acquire)
     try:

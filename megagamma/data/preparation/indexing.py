@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,9 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from megagamma.data.preparation.manifest import FORMAT as FORMAT
+from megagamma.data.preparation.manifest import FORMAT_VERSION as FORMAT_VERSION
+from megagamma.data.preparation.manifest import read_manifest as read_manifest
 from megagamma.data.preparation.verification import (
     DTYPE_CODES,
     FIX,
@@ -29,7 +31,6 @@ from megagamma.data.preparation.verification import (
     MAGIC,
     SPLITS,
     check_index,
-    check_manifest,
     check_tokens,
 )
 from megagamma.errors import DataError
@@ -38,8 +39,6 @@ from megagamma.files import advice
 if TYPE_CHECKING:
     from megagamma.data.preparation.parts import PartTask
 
-FORMAT = "megagamma.prepared"
-FORMAT_VERSION = 1
 
 DOCUMENT_RECORD = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("low", "<u8"), ("high", "<u8")])
 _COPY_TOKENS = 1 << 23
@@ -196,34 +195,6 @@ def sha256_file(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a prepared folder.
-
-    Raises:
-        DataError: no such folder, no manifest, one that cannot be read or that is of another format
-            version.
-    """
-    folder = Path(folder)
-    fix = "prepare it with tools/prepare_data.py"
-    if not folder.is_dir():
-        raise DataError(f"data: folder '{folder}' does not exist: {fix}")
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except FileNotFoundError as error:
-        raise DataError(f"data: '{folder}' has no manifest.json, so it is not a prepared folder: {fix}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"data: '{folder}/manifest.json' cannot be read ({error}): {fix} --overwrite") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"data: '{folder}/manifest.json' is not a manifest of prepared text: {fix}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"data: '{folder}' has format version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}: {fix} again"
-        )
-    check_manifest(folder, manifest)
-    return manifest
 
 
 def verify_prepared(folder: str | Path, full: bool = False) -> dict:

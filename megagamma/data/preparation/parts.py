@@ -31,6 +31,7 @@ from megagamma.data.preparation.indexing import FORMAT_VERSION, writing
 from megagamma.data.preparation.source import Shard, Source
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import DataError
+from megagamma.reading import read_json_value
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,11 @@ class PartTask:
 def finished_part(task: PartTask) -> dict | None:
     """The summary of a part that an earlier run finished with the same key, or None."""
     try:
-        summary = json.loads(task.path("json").read_text())
+        summary = read_json_value(task.path("json"))
         sizes = {suffix: task.path(suffix).stat().st_size for suffix in ("tokens", "documents")}
     except (OSError, ValueError):
+        return None
+    if not isinstance(summary, dict):
         return None
     return summary if summary.get("key") == task.key and summary.get("sizes") == sizes else None
 

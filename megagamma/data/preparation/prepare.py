@@ -37,6 +37,7 @@ from megagamma.errors import ConfigurationError, DataError
 from megagamma.files import copy_file, write_json
 from megagamma.folders import directory_lock, hidden_name, publish_directory, recover_at_start, recover_directory
 from megagamma.owned import require_own, require_place
+from megagamma.reading import read_json_value
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ def _tokenizer(settings: PrepareSettings, partial: Path) -> Tokenizer:
     shards = list_shards(settings.source)
     key = hashlib.sha256(json.dumps([settings.describe()["tokenizer"], [s.key for s in shards]]).encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, DataError):
-        found, tokenizer = json.loads(note.read_text()), Tokenizer(path)
+        found, tokenizer = read_json_value(note), Tokenizer(path)
         if found == {"key": key, "fingerprint": tokenizer.fingerprint}:
             return tokenizer
     logger.info("training a tokenizer of %d pieces", settings.vocabulary)

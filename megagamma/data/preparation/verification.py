@@ -27,47 +27,6 @@ VERIFY = "`tools/prepare_data.py --verify FOLDER` checks every file"
 _CHUNK = 1 << 20  # documents, or tokens
 
 
-def _whole(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _is_manifest(manifest: dict[str, Any]) -> str:
-    """What is wrong with a manifest's content; empty when nothing is."""
-    tokenizer, splits, files = (manifest.get(key) for key in ("tokenizer", "splits", "files"))
-    if manifest.get("dtype") not in DTYPE_CODES:
-        return f"dtype={manifest.get('dtype')!r} must be one of {', '.join(DTYPE_CODES)}"
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("fingerprint"), str):
-        return "tokenizer has no fingerprint"
-    if not _whole(tokenizer.get("vocab_size"), 1) or not all(
-        _whole(tokenizer.get(key), 0) for key in ("eos_id", "pad_id")
-    ):
-        return "tokenizer: vocab_size, eos_id and pad_id must be whole numbers"
-    if not isinstance(splits, dict) or not splits or not set(splits) <= set(SPLITS):
-        return f"splits must be among {', '.join(SPLITS)}"
-    for split, counts in splits.items():
-        if not isinstance(counts, dict) or not all(_whole(counts.get(key), 1) for key in ("documents", "tokens")):
-            return f"splits.{split}: documents and tokens must be whole numbers of 1 or more"
-        if not _whole(counts.get("bytes"), 0):
-            return f"splits.{split}: bytes must be a whole number"
-    names = {f"{split}{suffix}" for split in splits for suffix in (".bin", ".idx")}
-    if not isinstance(files, dict) or set(files) != names:
-        return f"files must be {', '.join(sorted(names))}"
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or not _whole(entry.get("bytes"), 0) or not isinstance(entry.get("sha256"), str):
-            return f"files.{name} must have bytes and sha256"
-    return ""
-
-
-def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Check that a manifest has what its readers need.
-
-    Raises:
-        DataError: naming the entry.
-    """
-    if problem := _is_manifest(manifest):
-        raise DataError(f"data: '{folder}/manifest.json': {problem}: {FIX}")
-
-
 class _Hashed:
     """Arrays of a file, one after the other, and the checksum of all that was read."""
 
