@@ -136,7 +136,7 @@ WRONG = {
     "exponents": (of_config("init", exponents=7), "config"),
     "width": (of_config("model", hidden_size="wide"), "checkpoint.json"),
     "another model": (of_config("model", hidden_size=8), "is F32 .*where the config of checkpoint.json asks for F32"),
-    "layers without end": (of_config("model", num_layers=10**9), "12 weights are listed|describes a model of"),
+    "layers without end": (of_config("model", num_layers=10**9), "num_layers=1000000000 must be at most"),
     "no vocabulary": (of_config("model", vocab_size=None), "names no model.vocab_size"),
     "no files": (value("files", []), "files=a list must be a list that is not empty"),
     "files is text": (value("files", "weight"), "files='weight' must be a list"),
@@ -191,7 +191,7 @@ def test_a_manifest_of_any_text(folder: Path, text: str) -> None:
 def test_a_manifest_that_is_no_file(folder: Path) -> None:
     (folder / "checkpoint.json").unlink()
     os.mkfifo(folder / "checkpoint.json")
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match="not a file"):
         read_manifest(folder)
 
 
@@ -292,7 +292,7 @@ def test_a_link_is_none_of_the_runs_checkpoints(folder: Path) -> None:
 
 
 def test_a_shard_may_be_a_link(folder: Path, tmp_path: Path) -> None:
-    """Its content counts; deleting the checkpoint leaves what it leads to."""
+    """Its content counts; the link is somebody's, and keeps the checkpoint from being pruned."""
     path, elsewhere = folder / "weight-00000.safetensors", tmp_path / "elsewhere.safetensors"
     shutil.move(path, elsewhere)
     path.symlink_to(elsewhere)
@@ -302,8 +302,8 @@ def test_a_shard_may_be_a_link(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weight-00000\.safetensors: its content is not what was written"):
         check(folder)
     (folder.parent / "step_00000011").mkdir()
-    assert prune(folder.parent, 1, set()) == [10]
-    assert elsewhere.is_file() and not folder.exists()
+    assert prune(folder.parent, 1, set()) == []
+    assert elsewhere.is_file() and path.is_symlink()
 
 
 def test_complete_means_each_tensor_of_the_model(folder: Path) -> None:
