@@ -161,6 +161,7 @@ def _home(path: Path) -> Path:
 def _check_converted(folder: Path, checkpoint: Path) -> None:
     """Refuse to score, in a checkpoint's name, what is not its conversion."""
     from megagamma.checkpoint.reader import CheckpointReader
+    from megagamma.huggingface.contents import check_unaltered
     from megagamma.huggingface.provenance import exported_provenance, weights_hash
 
     if not (folder / "config.json").exists():
@@ -169,6 +170,7 @@ def _check_converted(folder: Path, checkpoint: Path) -> None:
         raise ConfigurationError(
             f"{folder}: is not the conversion of {checkpoint}: convert it again, without --eval_only"
         )
+    check_unaltered(folder)
 
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:

@@ -21,6 +21,7 @@ from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import advice, copy_file, write_json, write_text
 from megagamma.folders import atomic_directory, recover_at_start
 from megagamma.huggingface.card import model_card
+from megagamma.huggingface.contents import PARITY, file_hashes, is_export
 from megagamma.huggingface.formats import (
     Exported,
     Format,
@@ -38,7 +39,6 @@ from megagamma.huggingface.provenance import (
     checkpoint_provenance,
     export_hash,
     exported_provenance,
-    is_export,
     is_proven,
 )
 from megagamma.huggingface.tokenizer import export_tokenizer, special_ids
@@ -151,8 +151,8 @@ def plan_shards(tensors: list[Exported], limit: int, width: int) -> list[list[Ex
 
 def write_weights(
     folder: Path, reader: CheckpointReader, config: Config, target: Format, options: ExportOptions, quiet: bool = False
-) -> int:
-    """Write the model's safetensors files, one tensor in memory at a time; returns their size in bytes."""
+) -> dict[str, str]:
+    """Write the model's safetensors files, one tensor in memory at a time; returns each one's name and xxh3-128."""
     model, width = config.model, DTYPES[options.dtype][1]
 
     def read(name: str, rows: int | None) -> Tensor:
@@ -163,6 +163,7 @@ def write_weights(
     shards = plan_shards(exported_tensors(model, target), options.max_shard_bytes, width)
     total = sum(width * int(torch.Size(tensor.shape).numel()) for shard in shards for tensor in shard)
     places: dict[str, str] = {}
+    digests: dict[str, str] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=quiet) as progress:
         for number, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -173,13 +174,13 @@ def write_weights(
                     places[tensor.name] = file
                     reader.close_files()
                     progress.update(width * int(torch.Size(tensor.shape).numel()))
-                writer.close()
+                _, digests[file] = writer.close()
             except OSError as error:
                 writer.abandon()
                 raise MegagammaError(f"{folder}: cannot be written ({error.strerror}): {advice(error)}") from error
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    return total
+    return digests
 
 
 def _layers_to_compare(config: Config, options: ExportOptions, say: Callable[[str], None]) -> list[int] | None:
@@ -244,7 +245,7 @@ def export(
     if tokenizer is None and options.tokenizer is None:
         say("NOTE: this model came without a tokenizer: none is written; give one with --tokenizer")
     with atomic_directory(output, may_replace=is_export, carried=CARRIED) as partial:
-        write_weights(partial, reader, config, target, options, quiet)
+        digests = write_weights(partial, reader, config, target, options, quiet)
         write_json(partial / "config.json", values)
         write_json(
             partial / "generation_config.json", {**special, "do_sample": False, "use_cache": values["use_cache"]}
@@ -264,7 +265,7 @@ def export(
             native=native, layers=layers, tolerance=options.tolerance, device=options.device,
         )  # fmt: skip
         say(parity.line())
-        write_json(partial / "parity.json", parity.as_json())
+        write_json(partial / PARITY, parity.as_json() | {"files": file_hashes(partial, digests)})
         if not parity.holds:
             raise ParityError(
                 f"{checkpoint}: the exported model is not the model ({parity.line()}): nothing was published"

@@ -20,6 +20,7 @@ from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, DataError
 from megagamma.files import read_json, write_json
 from megagamma.folders import atomic_directory, recover_at_start
+from megagamma.huggingface.contents import check_unaltered
 from megagamma.huggingface.formats import Format, exported_tensors, import_config, import_tensor
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 from megagamma.owned import require_place
@@ -144,7 +145,7 @@ def import_model(
         vocab_size_multiple: the vocabulary is padded to a multiple, with rows of zeros.
 
     Raises:
-        ConfigurationError: the folder is not such a model, or the output exists.
+        ConfigurationError: the folder is not such a model, or an exported one that was altered, or the output exists.
 
     Returns:
         The checkpoint's folder.
@@ -156,6 +157,7 @@ def import_model(
     if vocab_size_multiple < 1:
         raise ConfigurationError(f"--vocab_size_multiple {vocab_size_multiple}: must be 1 or more")
     values = read_json(folder / "config.json")
+    check_unaltered(folder)
     weights = HuggingFaceWeights(folder)
     if values.get("model_type") == "lfm3":
         weights.rename("self_attn.gate_proj", "self_attn.g_proj")

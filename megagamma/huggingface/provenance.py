@@ -13,6 +13,7 @@ from megagamma.config.schema import Config
 from megagamma.data.tokenizer import Tokenizer
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import read_json
+from megagamma.huggingface.contents import PARITY, altered_files, check_unaltered, file_hashes, is_export
 from megagamma.huggingface.formats import Exported
 from megagamma.huggingface.importing import HuggingFaceWeights
 from megagamma.owned import require_own, require_place
@@ -65,25 +66,25 @@ def exported_provenance(folder: Path) -> dict[str, Any]:
 
 
 def folder_hash(folder: Path) -> str:
-    """A hash of any Hugging Face folder: of ours as the export wrote it, else from its config and weight files."""
-    content_hash = exported_provenance(folder).get("identity")
-    if content_hash:
-        return str(content_hash)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        state = file.stat()
-        with open(file, "rb") as opened:
-            digest.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode() + opened.read(1 << 20))
+    """A hash of the content of any Hugging Face folder: config, weights, tokenizer and code. Reads every file.
+
+    Of an exported model it is the hash that the export gave it, once every file has been compared with its proof.
+
+    Raises:
+        ConfigurationError: it is an exported model and was altered.
+        MegagammaError: a file cannot be read.
+    """
+    found = file_hashes(folder)
+    if check_unaltered(folder, found) and (identity := exported_provenance(folder).get("identity")):
+        return str(identity)
+    digest = hashlib.sha256()
+    for name, content in found.items():
+        digest.update(f"{name} {content}\n".encode())
     return digest.hexdigest()[:32]
 
 
-def is_export(folder: Path) -> bool:
-    """Whether a folder is an exported model of ours, complete or not."""
-    return (folder / "parity.json").is_file() and (folder / "config.json").is_file()
-
-
 def is_proven(folder: Path, content_hash: str, tensors: list[Exported], *, tolerance: float, whole_model: bool) -> bool:
-    """Whether a folder is this exported model, complete, with a parity that is strict enough.
+    """Whether a folder is this exported model, complete and unaltered, with a parity that is strict enough.
 
     Args:
         content_hash: from `export_hash`.
@@ -94,14 +95,19 @@ def is_proven(folder: Path, content_hash: str, tensors: list[Exported], *, toler
     if not is_export(folder):
         return False
     try:
-        provenance, parity = exported_provenance(folder), read_json(folder / "parity.json")
-        names = HuggingFaceWeights(folder).names()  # opens every file, which notices one that is cut off
+        provenance, parity = exported_provenance(folder), read_json(folder / PARITY)
+        strict = parity.get("holds") is True and _is_at_most(parity.get("tolerance"), tolerance)
+        enough = not whole_model or parity.get("compared") == "whole model"
+        if not (strict and enough and provenance.get("identity") == content_hash):
+            return False
+        names = HuggingFaceWeights(folder).names()
+        return names == {tensor.name for tensor in tensors} and altered_files(folder) == []
     except MegagammaError:
         return False
-    complete = names == {tensor.name for tensor in tensors}
-    strict = parity.get("holds") is True and parity.get("tolerance", 1.0) <= tolerance
-    enough = not whole_model or parity.get("compared") == "whole model"
-    return complete and strict and enough and provenance.get("identity") == content_hash
+
+
+def _is_at_most(value: Any, limit: float) -> bool:
+    return isinstance(value, int | float) and value <= limit
 
 
 def check_destination(output: Path, source: Path, overwrite: bool, option: str = "--out") -> None:
