@@ -86,13 +86,13 @@ class Save(Case):
         (base / "step_00000003" / "notes.txt").write_bytes(self.stranger)
 
     def act(self, folder: Path) -> None:
-        from megagamma.checkpoint.saver import prune
+        from megagamma.checkpoint.retention import prune
 
         self.save(folder, 3, "new")
         prune(folder, 1, set())
 
     def recover(self, folder: Path) -> None:
-        from megagamma.checkpoint.saver import clean_up
+        from megagamma.checkpoint.retention import clean_up
 
         clean_up(folder)
 

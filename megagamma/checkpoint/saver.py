@@ -14,40 +14,34 @@ ranks that ZeRO has partitioned it over and the tensor-parallel ranks that it is
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagamma.checkpoint.manifest import MANIFEST, is_sealed, sealed
+from megagamma.checkpoint.manifest import MANIFEST, sealed
 from megagamma.checkpoint.reader import (
     FORMAT_VERSION,
     CheckpointReader,
     folder_name,
     read_manifest,
-    steps_saved,
     tensor_key,
     verify_all,
 )
+from megagamma.checkpoint.retention import clean_up, explained
 from megagamma.checkpoint.safetensors_writer import ShardWriter
 from megagamma.distributed.engine import Engine
 from megagamma.distributed.runtime import Runtime
 from megagamma.errors import CheckpointError, MegagammaError
 from megagamma.files import advice, write_json
-from megagamma.folders import finish_removal, publish_directory, recover_directory, remove_directory
+from megagamma.folders import publish_directory
 from megagamma.model.parameters import KINDS, LogicalParameter, MappedTensor, Part
-from megagamma.owned import enumerated, strangers
-from megagamma.runs.folder import step_links
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -231,7 +225,7 @@ class Saver:
             clean_up(self.root)
             partial.mkdir(parents=True)
 
-        self.runtime.run_on_rank0(lambda: _explained(begin, partial))
+        self.runtime.run_on_rank0(lambda: explained(begin, partial))
         save = _Save(step, partial, manifest, _owned(self.engine))
         tensors = whole_tensors(self.engine)
         if not asynchronous:
@@ -335,127 +329,6 @@ class Saver:
                 f"checkpoint of step {save.step} in {self.root}: {error}; the ones before are untouched"
             ) from None
         return final
-
-
-def _explained(action: Callable[[], T], path: Path) -> T:
-    try:
-        return action()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}): {advice(error)}") from error
-
-
-def prune(root: Path, keep_last: int, permanent: set[int], warn: Callable[[int, str], None] | None = None) -> list[int]:
-    """Delete the oldest checkpoints that are neither permanent nor among the newest `keep_last` (0: keep all).
-
-    Args:
-        warn: told the step, and why, of a checkpoint that stays because it holds what this tool did not write.
-
-    Returns:
-        The steps that were deleted.
-    """
-    if keep_last == 0:
-        return []
-    deleted = []
-    for step in [step for step in steps_saved(root) if step not in permanent][:-keep_last]:
-        folder = root / folder_name(step)
-        found = strangers(folder, strict=True)
-        if found and warn is not None:
-            warn(
-                step,
-                f"{folder} is kept beyond checkpoint.keep_last={keep_last}: it holds {enumerated(found)}, not as this run "
-                "wrote it: move it away, or delete the checkpoint yourself",
-            )
-        if found:
-            continue
-        remove_directory(folder)
-        deleted.append(step)
-    return deleted
-
-
-_HIDDEN_NAME = re.compile(r"\.(step_\d{8})\.(partial|replaced|deleted)")
-
-
-def clean_up(root: Path) -> None:
-    """Put in order what a run that was killed while saving left: a checkpoint that was set aside comes back, and what is
-    unfinished goes. Only under the names that saving and pruning give."""
-    for hidden in sorted(root.glob(".step_*")):
-        name = _HIDDEN_NAME.fullmatch(hidden.name)
-        if name is None:
-            continue
-        if name.group(2) == "replaced":
-            recover_directory(root / name.group(1))
-        elif name.group(2) == "deleted":
-            finish_removal(root / name.group(1))
-        else:
-            shutil.rmtree(hidden, ignore_errors=True)
-
-
-@dataclass
-class Found:
-    """The checkpoint that a run resumes from."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    notes: list[str]
-    """What a user must know: newer ones that are corrupt, links that are ignored, a manifest without a checksum."""
-
-
-def newest_valid(runtime: Runtime, root: Path, go_back: bool, before: int | None = None) -> Found | None:
-    """The newest checkpoint whose files are what was written; all ranks call it and share the checking.
-
-    Args:
-        go_back: when the newest is corrupt, take the one before.
-        before: only those of earlier steps.
-
-    Raises:
-        CheckpointError: the newest is corrupt and `go_back` is off, or all are.
-
-    Returns:
-        None when there is no checkpoint.
-    """
-    corrupt: list[str] = []
-    runtime.run_on_rank0(lambda: _explained(lambda: clean_up(root), root))
-    steps, links = runtime.run_on_rank0(lambda: (steps_saved(root), [str(link) for link in step_links(root)]))
-    notes = [f"{link}: is a link, and none of the run's checkpoints: it is ignored and left alone" for link in links]
-    for step in reversed([step for step in steps if before is None or step < before]):
-        folder, problem, manifest = root / folder_name(step), None, {}
-        try:
-            manifest = read_manifest(folder)
-            verify_all(folder, manifest, share=(runtime.rank, runtime.size))
-        except CheckpointError as error:
-            problem = str(error)
-        problems = [one for one in runtime.gather(problem) if one]
-        if not problems:
-            if not is_sealed(manifest):
-                notes.append(
-                    f"{folder / MANIFEST}: has no checksum of its own, as those of earlier versions: it is taken as it is; "
-                    "tools/checkpoint.py seal adds one"
-                )
-            return Found(folder, manifest, [*(f"{one}: resuming from {folder.name}" for one in corrupt), *notes])
-        if not go_back:
-            raise CheckpointError(f"{problems[0]}, or let --checkpoint.on_damage previous choose it")
-        corrupt.append(problems[0])
-    if corrupt:
-        raise CheckpointError(f"every checkpoint in {root} is corrupt; the newest: {corrupt[0]}")
-    return None
-
-
-def set_aside(runtime: Runtime, folder: Path, why: str) -> Path:
-    """Give a checkpoint a name that is none of a checkpoint, so that no resume takes it and no pruning counts or deletes it.
-
-    Raises:
-        CheckpointError: it cannot be renamed.
-    """
-
-    def rename() -> str:
-        names = (
-            folder.with_name(f"{folder.name}.{why}{'' if number == 1 else f'.{number}'}") for number in range(1, 1000)
-        )
-        aside = next(name for name in names if not os.path.lexists(name))
-        folder.rename(aside)
-        return str(aside)
-
-    return Path(runtime.run_on_rank0(lambda: _explained(rename, folder)))
 
 
 def load(engine: Engine, folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megagamma.checkpoint import saver
+from megagamma.checkpoint import retention, saver
 from megagamma.checkpoint.manifest import stored_config
 from megagamma.config.io import as_dict, differences
 from megagamma.config.schema import Config, padded_vocab_size
@@ -146,7 +146,7 @@ class _Resume:
 def _find_resume(
     config: Config, runtime: Runtime, folder: RunFolder, fingerprint: str, before: int | None = None
 ) -> _Resume | None:
-    found = saver.newest_valid(runtime, folder.checkpoints, config.checkpoint.on_damage == "previous", before)
+    found = retention.newest_valid(runtime, folder.checkpoints, config.checkpoint.on_damage == "previous", before)
     if found is None:
         return None
     changed = _check_same_run(folder.path, config, found.folder, found.manifest, fingerprint)
@@ -186,7 +186,7 @@ def _load_finite(engine: Engine, data: RunData, folder: RunFolder, resume: _Resu
             f"{what}, and neither is it after {earlier.folder.name}: look at both with tools/checkpoint.py inspect, and at "
             "the data; delete or rename what is bad to resume from an earlier one"
         )
-    aside = saver.set_aside(runtime, resume.folder, "not_finite")
+    aside = retention.set_aside(runtime, resume.folder, "not_finite")
     earlier.not_finite = resume.folder
     earlier.notes.insert(0, f"{what}: it is kept as {aside.name}; resuming from {earlier.folder.name}")
     return earlier

@@ -16,8 +16,8 @@ import torch
 from megagamma.checkpoint.inspection import seal, verify_files
 from megagamma.checkpoint.manifest import _digest, check_complete, read_manifest, sealed
 from megagamma.checkpoint.reader import CheckpointReader, tensor_key, verify_all
+from megagamma.checkpoint.retention import prune
 from megagamma.checkpoint.safetensors_writer import ShardWriter
-from megagamma.checkpoint.saver import prune
 from megagamma.cli import main_guard
 from megagamma.commands import checkpoint as command
 from megagamma.config.schema import ModelConfig, resolve_model

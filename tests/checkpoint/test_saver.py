@@ -17,8 +17,8 @@ from support.ranks import RankError, RankPool
 from support.train import run_trainer
 
 from megagamma.checkpoint.reader import CheckpointReader, read_manifest, steps_saved, verify
+from megagamma.checkpoint.retention import clean_up, prune
 from megagamma.checkpoint.safetensors_writer import checksum
-from megagamma.checkpoint.saver import clean_up, prune
 from megagamma.errors import CheckpointError
 
 HALF = 6

@@ -12,7 +12,7 @@ import pytest
 from support.processes import attempt, finish, losses, metrics, start, wait_until
 from support.ranks import RankPool
 
-from megagamma.checkpoint.saver import steps_saved
+from megagamma.checkpoint.reader import steps_saved
 
 pytestmark = pytest.mark.launcher
 

@@ -199,7 +199,7 @@ def _file_shards(path: str, source: Source, shard_bytes: int) -> list[Shard]:
         )
     identity = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}"
     if compression:
-        from megagamma.data.preparation.readers import is_empty_decompressed
+        from megagamma.data.preparation.archives import is_empty_decompressed
 
         if status.st_size <= _EMPTY_ARCHIVE and is_empty_decompressed(path, compression):
             raise EmptyFileError(f"inputs: '{path}' is empty once decompressed: remove it or give a file with text")

@@ -2,114 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import functools
-import gzip
 import io
 import json
-import lzma
-import os
 import re
-import zlib
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import IO, Any
 
+from megagamma.data.preparation.archives import Growth, damage, open_bounded
 from megagamma.data.preparation.source import EmptyFileError, Shard, Source
 from megagamma.errors import DataError
 
 _BLOCK = 1 << 20
-_ZSTD_INPUT = 2048  # bytes: each may stand for 32,768 of a run, all of which are held in memory
-_RATIO_FROM = 1 << 30  # bytes of text, below which no ratio is too high: some text is repetitive
 _BLANK_LINES = re.compile(rb"(?:\r?\n[ \t]*){2,}(?:\r?\n)?")
-
-
-class _ZstdReader(io.RawIOBase):
-    """A .zst file as a stream of bytes. zstandard's own reader ends silently inside a cut frame."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
-        self._raw, self._make = raw, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
-        self._frame: Any = None
-        self._ready = b""
-        self._compressed = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = self._compressed or self._raw.read(_ZSTD_INPUT)
-            self._compressed = b""
-            if not chunk:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a frame")
-                return 0
-            if self._frame is None:
-                self._frame = self._make()
-            self._ready = self._frame.decompress(chunk)
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def open_bytes(path: str, compression: str) -> IO[bytes]:
-    """Open a file for reading its decompressed bytes; `compression` is "", "gz", "bz2", "xz" or "zst"."""
-    if compression == "gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if compression == "bz2":
-        return bz2.open(path, "rb")
-    if compression == "xz":
-        return lzma.open(path, "rb")
-    raw = open(path, "rb")  # noqa: SIM115 (the caller closes it)
-    return io.BufferedReader(_ZstdReader(raw), _BLOCK) if compression == "zst" else raw
-
-
-class _Growth:
-    """Counts the text of a file, and stops one that grows beyond all reason."""
-
-    def __init__(self, path: str, source: Source) -> None:
-        self.path, self.most = path, source.max_ratio
-        self.stored, self.text = max(1, os.stat(path).st_size), 0
-
-    def add(self, count: int) -> None:
-        self.text += count
-        if self.text > _RATIO_FROM and self.text > self.most * self.stored:
-            raise DataError(
-                f"inputs: '{self.path}' has {self.stored:,} bytes and gave {self.text:,} so far, more than "
-                f"max_ratio={self.most:g} times as many: raise --max_ratio if that is right"
-            )
-
-
-class _Bounded(io.RawIOBase):
-    """A decompressed stream under `_Growth`."""
-
-    def __init__(self, stream: IO[bytes], growth: _Growth) -> None:
-        self._stream, self._growth = stream, growth
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        self._growth.add(len(data))
-        return len(data)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
-
-
-def _open(shard: Shard, source: Source) -> IO[bytes]:
-    stream = open_bytes(shard.path, shard.compression)
-    if not shard.compression:
-        return stream
-    return io.BufferedReader(_Bounded(stream, _Growth(shard.path, source)), _BLOCK)
 
 
 def _too_long(place: str, source: Source) -> DataError:
@@ -130,24 +36,6 @@ def _read_whole(stream: IO[bytes], path: str, source: Source) -> bytes:
     return b"".join(blocks)
 
 
-def is_empty_decompressed(path: str, compression: str) -> bool:
-    """Whether a compressed file holds no byte. What cannot be read is not empty: reading it names what is wrong."""
-    try:
-        with open_bytes(path, compression) as stream:
-            return not stream.read(1)
-    except OSError:
-        return False
-    except _damage():
-        return False
-
-
-def _damage() -> tuple[type[Exception], ...]:
-    """What reading a truncated or corrupt compressed file raises."""
-    import zstandard
-
-    return EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstandard.ZstdError
-
-
 def read_file(shard: Shard, source: Source) -> Iterator[str]:
     """Yield the documents of a file shard; a failed read becomes a DataError that names the file."""
     readers = {"txt": _read_text, "jsonl": _read_json_lines, "json": _read_json, "parquet": _read_parquet}
@@ -158,7 +46,7 @@ def read_file(shard: Shard, source: Source) -> Iterator[str]:
             f"inputs: '{shard.path}' has a document that does not fit in memory: cut it, or lower "
             "--max_document_megabytes to have it named"
         ) from error
-    except _damage() as error:
+    except damage() as error:
         raise DataError(
             f"inputs: '{shard.path}' is truncated or not {shard.compression} data ({error}): fetch or compress it again"
         ) from error
@@ -211,7 +99,7 @@ def _text_of(record: Any, source: Source, place: str) -> str:
 
 
 def _read_text(shard: Shard, source: Source) -> Iterator[str]:
-    with _open(shard, source) as stream:
+    with open_bounded(shard, source) as stream:
         offset = 0
         separator = source.document_separator
         if separator is None:
@@ -251,7 +139,7 @@ def _between(data: bytes, path: str, offset: int, blank: bool) -> Iterator[str]:
 
 
 def _read_json_lines(shard: Shard, source: Source) -> Iterator[str]:
-    with _open(shard, source) as stream:
+    with open_bounded(shard, source) as stream:
         offset = shard.start
         if offset:
             # A line belongs to the range in which it starts: step back one byte, so that a line which
@@ -306,7 +194,7 @@ def _unreadable_json(error: Exception) -> str:
 
 
 def _read_json(shard: Shard, source: Source) -> Iterator[str]:
-    with _open(shard, source) as stream:
+    with open_bounded(shard, source) as stream:
         text = _decode(_read_whole(stream, shard.path, source).removeprefix(codecs.BOM_UTF8), shard.path, 0)
     place = f"inputs: '{shard.path}'"
     try:
@@ -341,7 +229,7 @@ def _open_parquet(path: str, shard: Shard | None = None, source: Source | None =
 
     try:
         if shard and source and shard.compression:
-            with _open(shard, source) as stream:
+            with open_bounded(shard, source) as stream:
                 return pyarrow.parquet.ParquetFile(io.BytesIO(_read_whole(stream, path, source)))
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
@@ -361,7 +249,7 @@ def parquet_row_groups(path: str) -> list[int]:
 def _read_parquet(shard: Shard, source: Source) -> Iterator[str]:
     import pyarrow
 
-    file, growth = _open_parquet(shard.path, shard, source), _Growth(shard.path, source)
+    file, growth = _open_parquet(shard.path, shard, source), Growth(shard.path, source)
     names = file.schema_arrow.names
     place = f"inputs: '{shard.path}'"
     if source.text_field not in names:

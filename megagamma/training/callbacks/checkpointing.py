@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megagamma.checkpoint.saver import Saver, prune
+from megagamma.checkpoint.retention import prune
+from megagamma.checkpoint.saver import Saver
 from megagamma.config.io import as_dict
 from megagamma.config.schema import CheckpointConfig
 from megagamma.errors import CheckpointError

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from megagamma.commands.prepare_data import build_parser, main, settings_from
-from megagamma.data.preparation import readers
+from megagamma.data.preparation import archives
 from megagamma.data.preparation.corpus import list_shards, read_documents
 from megagamma.data.preparation.source import Source
 from megagamma.errors import ConfigurationError, DataError
@@ -41,14 +41,14 @@ def bomb(path: Path, size: int, line: bytes = LINE) -> Path:
 
 
 def test_an_archive_that_grows_beyond_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_RATIO_FROM", 4 * MIB)
+    monkeypatch.setattr(archives, "_RATIO_FROM", 4 * MIB)
     path = bomb(tmp_path / "bomb.jsonl.zst", 16 * MIB)
     assert path.stat().st_size < 40_000
     with pytest.raises(DataError, match=r"bomb\.jsonl\.zst' has [\d,]+ bytes and gave [\d,]+ so far.*--max_ratio"):
         documents(path)
     assert len(documents(path, max_ratio=1e6)) > 16_000
     # Below the size from which it is looked at, no ratio is too high.
-    monkeypatch.setattr(readers, "_RATIO_FROM", 64 * MIB)
+    monkeypatch.setattr(archives, "_RATIO_FROM", 64 * MIB)
     assert len(documents(path)) > 16_000
 
 
@@ -95,7 +95,7 @@ def test_a_cell_of_parquet_that_is_too_long(tmp_path: Path, monkeypatch: pytest.
     pyarrow.parquet.write_table(pyarrow.table({"text": ["f" * 3000] * 2000}), path)
     with pytest.raises(DataError, match="a cell is longer than"):
         documents(path, max_document_bytes=2000)
-    monkeypatch.setattr(readers, "_RATIO_FROM", MIB)
+    monkeypatch.setattr(archives, "_RATIO_FROM", MIB)
     with pytest.raises(DataError, match="--max_ratio"):
         documents(path)
     assert len(documents(path, max_ratio=1e6)) == 2000
