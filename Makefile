@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.built
+# One worker per core, four at most: each may start seven ranks, of half a gigabyte each. WORKERS='-n 0': one after the other.
+WORKERS ?= -n auto --maxprocesses 4 --dist loadgroup
 
 .PHONY: env demo test test-fast test-all lint typecheck format clean
 
@@ -19,15 +21,15 @@ demo: env
 
 # Every claim once.
 test: env
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests $(WORKERS) -m "not slow"
 
 # The inner loop: what needs neither several processes nor a whole command line.
 test-fast: env
-	$(BIN)/python -m pytest tests -m "not slow and not launcher and not ranks"
+	$(BIN)/python -m pytest tests $(WORKERS) -m "not slow and not launcher and not ranks"
 
 # Whole matrices and long drills too.
 test-all: env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(WORKERS)
 
 lint: env
 	$(BIN)/ruff check .
