@@ -30,6 +30,12 @@ def _about(device: str) -> dict[str, Any]:
     }
 
 
+def first_sentence(error: BaseException) -> str:
+    """What torch says, without the C++ frames that it adds."""
+    text = str(error).split("Exception raised from")[0].split("\nC++")[0].split("\nframe #")[0]
+    return " ".join(text.split())[:200]
+
+
 def _open_store(rank: int, size: int, seconds: float) -> dist.Store:
     """The key-value store at MASTER_ADDR:MASTER_PORT; rank 0 serves it unless torchrun does already.
 
@@ -48,14 +54,14 @@ def _open_store(rank: int, size: int, seconds: float) -> dist.Store:
             wait_for_workers=False,
         )
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = first_sentence(error)
         if "EADDRINUSE" in text or "in use" in text:
             raise DistributedError(
                 f"MASTER_PORT={port}: another program listens on {address}:{port}: choose a free port "
                 "(deepspeed --master_port N, torchrun --master-port N)"
             ) from error
         raise DistributedError(
-            f"rank {rank} of {size} could not reach {address}:{port} in {seconds:g} s ({text[:200]}): check that rank 0 "
+            f"rank {rank} of {size} could not reach {address}:{port} in {seconds:g} s ({text}): check that rank 0 "
             "was started and that MASTER_ADDR is reachable from this host"
         ) from error
     # A restart by torchrun finds the keys of the attempt before.
