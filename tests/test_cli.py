@@ -58,10 +58,16 @@ def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_our_own_faults_keep_their_traceback() -> None:
-    """What no user can fix must not be dressed up as advice."""
-    with pytest.raises(ZeroDivisionError):
-        main_guard(raising(ZeroDivisionError()))
+def test_our_own_faults_end_in_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What no user can fix must not be dressed up as advice; its traceback is in a file."""
+    monkeypatch.chdir(tmp_path)
+    assert main_guard(raising(ZeroDivisionError("by zero"))) == 70
+    said = capsys.readouterr().err
+    (report,) = tmp_path.glob("crash-*-rank0.txt")
+    assert said == f"error: not foreseen: ZeroDivisionError: by zero: the report is {report.name}\n"
+    assert "Traceback" in report.read_text()
 
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])

@@ -96,6 +96,12 @@ def _port_in_use(address: str, port: int) -> DistributedError:
     )
 
 
+def first_sentence(error: BaseException) -> str:
+    """What torch says, without the C++ frames that it adds."""
+    text = str(error).split("Exception raised from")[0].split("\nC++")[0].split("\nframe #")[0]
+    return " ".join(text.split())[:200]
+
+
 def _open_store(rank: int, size: int, seconds: float, is_one_host: bool) -> dist.Store:
     """The key-value store at MASTER_ADDR:MASTER_PORT; rank 0 serves it unless torchrun does already.
 
@@ -131,11 +137,11 @@ def _open_store(rank: int, size: int, seconds: float, is_one_host: bool) -> dist
             master_listen_fd=None if listener is None else listener.detach(),
         )
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = first_sentence(error)
         if "EADDRINUSE" in text or "in use" in text:
             raise _port_in_use(address, port) from error
         raise DistributedError(
-            f"rank {rank} of {size} could not reach {address}:{port} in {seconds:g} s ({text[:200]}): check that rank 0 "
+            f"rank {rank} of {size} could not reach {address}:{port} in {seconds:g} s ({text}): check that rank 0 "
             "was started and that MASTER_ADDR is reachable from this host"
         ) from error
     # A restart by torchrun finds the keys of the attempt before.
