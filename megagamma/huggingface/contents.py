@@ -88,7 +88,7 @@ def check_unaltered(folder: Path, found: dict[str, str] | None = None) -> bool:
     if altered:
         raise ConfigurationError(
             f"{folder}: {', '.join(altered[:3])} {'is' if len(altered) == 1 else 'are'} not what parity.json proved "
-            f"({len(altered)} altered, missing or added): convert the checkpoint again, or delete parity.json to use the folder "
-            "as any other model"
+            f"({len(altered)} altered, missing or added): convert the checkpoint again, or delete parity.json to use the "
+            "folder as any other model"
         )
     return True
