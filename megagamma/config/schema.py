@@ -365,7 +365,12 @@ class GuardConfig:
     """Steps in a row that may be left out before the run stops, for a loss or for gradients that are not finite alike. A
     run whose last 3 steps (or all of fewer) were left out ends with exit code 3 in any case."""
     replica_interval: int = option(100, minimum=0)
-    """Steps between checks that the copies of replicated weights are equal over ranks. 0: never."""
+    """Steps between checks that copies are equal over ranks: of weights, Adam's moments and gradients, where they are
+    replicated. 0: never."""
+    replay_interval: int = option(0, minimum=0)
+    """Steps between replays: the step's forward and backward passes run twice, and their results must agree, to the bit
+    on a CPU or with run.deterministic, else to 1e-4 (fp32) or 1e-2 (bf16) of every norm. Finds faulty devices; a replayed
+    step takes about twice its time. 0: never."""
 
 
 @dataclass

@@ -148,6 +148,8 @@ class Engine:
         self.state = OptimizerState(self.optimizer, self.zero_stage, parameter_map, runtime)
         self.forward_clock = ForwardClock(runtime.device)
         self.grad_norm = math.nan
+        self.microbatch_losses: list[Tensor] = []
+        """Of this rank's last batch, summed over tokens; empty on all stages but the last. Unit: nats."""
 
     # -- batches through the model -------------------------------------------------------------------------------
 
@@ -258,6 +260,7 @@ class Engine:
             return total * scale
 
         self.run(batches, objective, train=train)
+        self.microbatch_losses = totals
         nats = torch.stack(totals).double().sum().cpu() if totals else torch.zeros((), dtype=torch.float64)
         return float(self._over_ranks(nats)) / tokens
 

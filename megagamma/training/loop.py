@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any, NoReturn
 
-from megagamma.data.contracts import rank_microbatches
+from megagamma.data.contracts import Batch, rank_microbatches
 from megagamma.data.schedule import batch_size
-from megagamma.errors import MegagammaError
+from megagamma.distributed.replay import replay
+from megagamma.errors import MegagammaError, TrainingError
 from megagamma.reporting.log import duration
 from megagamma.training.callbacks.base import Callback, Step
 from megagamma.training.schedule import learning_rate
@@ -61,6 +62,23 @@ class Trainer:
             for callback in reversed(self.callbacks):
                 callback.close()
 
+    def _forward_backward(self, number: int, batches: list[Batch]) -> float:
+        """The step's passes, twice where `guard.replay_interval` says so."""
+        engine, interval = self.session.engine, self.session.config.guard.replay_interval
+        if not interval or number % interval:
+            return engine.forward_backward(batches)
+        loss, problem = replay(engine, batches)
+        if problem is not None:
+            engine.discard()
+            self.session.reporter.event("replay", step=number, problem=problem)
+            self.halt(
+                TrainingError(
+                    f"step {number}: {problem}: a device or its memory is faulty; test that host, take it out, and "
+                    "resume"
+                )
+            )
+        return loss
+
     def _check_result(self) -> None:
         for callback in self.callbacks:
             callback.check_result()
@@ -79,7 +97,7 @@ class Trainer:
             session.runtime.data_size,
         )
         engine.set_learning_rate(lr)
-        loss = engine.forward_backward(batches)
+        loss = self._forward_backward(number, batches)
         step = Step(number, range(session.consumed, session.consumed + size), lr, number == session.steps, loss)
         # All are asked, also after a no.
         may_update = [callback.before_update(step) for callback in self.callbacks]
