@@ -38,7 +38,15 @@ def test_a_failure_inside_a_run(
     monkeypatch.setenv("WANDB_API_KEY", "s3cr3tvalue")
     monkeypatch.setenv("MEGAGAMMA_PASSWORD", "hunter2hunter2")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    words = ["pretrain.py", "--data.corpus", "tiny", "--api_key", "flagsecret1", "--url", "https://me:pass-in-url@host/x"]
+    words = [
+        "pretrain.py",
+        "--data.corpus",
+        "tiny",
+        "--api_key",
+        "flagsecret1",
+        "--url",
+        "https://me:pass-in-url@host/x",
+    ]
     monkeypatch.setattr("sys.argv", words)
     run = tmp_path / "run"
     run.mkdir()
