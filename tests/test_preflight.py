@@ -75,7 +75,7 @@ def test_errors_come_before_torch(tmp_path: Path) -> None:
         (command + "inspect_init", ["--config", "missing.yaml"], "there is no such file"),
         (command + "inspect_init", ["--model.num_layers", "100000000"], "must be at most 10,000"),
         (command + "prepare_data", ["--verify", "nowhere"], "folder 'nowhere' does not exist"),
-        (command + "fetch_benchmarks", ["--nothing"], "unrecognized arguments"),
+        (command + "fetch_benchmarks", ["--nothing"], "the following arguments are required: --tasks"),
         (command + "equality_matrix", ["--nothing"], "unrecognized arguments"),
     ]
     control = (command + "inspect_init", ["--json", "out.json"])
