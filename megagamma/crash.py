@@ -23,7 +23,9 @@ _VARIABLES = re.compile(
     r"(?:MEGAGAMMA|SLURM|OMP|KMP|GOMP|MKL|CUDA|NCCL|GLOO|DS|DEEPSPEED|TORCH|TORCHELASTIC|PYTORCH|PYTHON|HF|WANDB|MASTER|LOCAL|"
     r"GROUP|WORLD)_\w+|RANK|TMPDIR|LANG|LC_ALL|VIRTUAL_ENV"
 )
-_SECRET = r"(?:api_?key|access_?key|private_?key|token|passw(?:or)?d|pwd|passphrase|secret|credentials?|auth|authorization|cookie)"
+_SECRET = (
+    r"(?:(?:api|access|private)_?key|token|passw(?:or)?d|pwd|passphrase|secret|credentials?|auth|authorization|cookie)"
+)
 _SECRET_NAME = re.compile(rf"(?:^|.*[_\-. ])(?:{_SECRET}|key)(?:s?$|[_\-. ].*)", re.IGNORECASE)
 # name=value, "name": "value" and --name value in running text. Of `tokens` and `tokenizer` nothing is secret.
 _SECRET_TEXT = re.compile(
