@@ -24,8 +24,7 @@ _VARIABLES = re.compile(
     r"GROUP|WORLD)_\w+|RANK|TMPDIR|LANG|LC_ALL|VIRTUAL_ENV"
 )
 _SECRET = (
-    r"(?:api_?key|access_?key|private_?key|token|passw(?:or)?d|pwd|passphrase|secret|credentials?|auth|authorization|"
-    r"cookie)"
+    r"(?:(?:api|access|private)_?key|token|passw(?:or)?d|pwd|passphrase|secret|credentials?|auth|authorization|cookie)"
 )
 _SECRET_NAME = re.compile(rf"(?:^|.*[_\-. ])(?:{_SECRET}|key)(?:s?$|[_\-. ].*)", re.IGNORECASE)
 # name=value, "name": "value" and --name value in running text. Of `tokens` and `tokenizer` nothing is secret.

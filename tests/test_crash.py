@@ -140,3 +140,13 @@ def test_secrets_are_removed_and_other_words_stay() -> None:
         assert secret not in found, found
     plain = "tokens: 12345678, tokenizer: data/tokenizer.model, run.tokens=100000, init.key=0.5, keep_last=3, h/x?a=1"
     assert without_secrets(plain) == plain
+
+
+def test_what_torch_says_is_one_sentence() -> None:
+    from megagamma.distributed.rendezvous import first_sentence
+
+    text = (
+        "The client socket has timed out.\nException raised from throwTimeoutError at socket.cpp\nframe #0: c10::Error"
+    )
+    assert first_sentence(RuntimeError(text)) == "The client socket has timed out."
+    assert first_sentence(RuntimeError("two\nlines")) == "two lines"

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import jsonargparse
-import yaml
 
 from megagamma.config.exponents import flag_value, merge_exponents, take_exponents
 from megagamma.config.resolve import resolve, validate
 from megagamma.config.rules import check_bounds
 from megagamma.config.schema import ROLES, Config
 from megagamma.config.stored import config_of_sections
-from megagamma.config.yaml_reader import parse_value, read_yaml, write_quoted
+from megagamma.config.yaml_reader import parse_value, read_yaml, write_quoted, write_yaml
 from megagamma.errors import ConfigurationError
 from megagamma.reading import MAX_NUMBER_LENGTH, Unreadable
 
@@ -142,17 +141,18 @@ def _explain(error: BaseException) -> str:
 
 
 def to_config(namespace: Any) -> Config:
-    """A parsed jsonargparse namespace as a `Config`."""
+    """A parsed jsonargparse namespace as a `Config`.
+
+    Raises:
+        ConfigurationError: null, which the parser takes for every option, where there must be a value.
+    """
     values: dict[str, Any] = {}
     for name, kind in get_type_hints(Config).items():
         value = namespace[name]
         if dataclasses.is_dataclass(kind):
-            section = value.as_dict() if hasattr(value, "as_dict") else dict(vars(value))
-            value = kind(**section)  # type: ignore[operator]
+            value = value.as_dict() if hasattr(value, "as_dict") else dict(vars(value))
         values[name] = value
-    config = Config(**values)
-    config.optimizer.betas = tuple(config.optimizer.betas)  # type: ignore[assignment]
-    return config
+    return config_of_sections(values)
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write the complete config as YAML, atomically; `load_config` gives the same config back."""
     from megagamma.files import write_text
 
-    write_text(path, yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_text(path, write_yaml(as_dict(config)))
 
 
 def differences(old: Config, new: Config, sections: tuple[str, ...]) -> list[str]:

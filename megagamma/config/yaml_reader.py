@@ -202,6 +202,23 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(f"{_TAG}str", text, style='"'))
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes a word only where it would be read as something else."""
+
+
+def _plain_word(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    number = _FLOAT.fullmatch(text) or _INTEGER.fullmatch(text)
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if number else None)
+
+
+_PlainDumper.add_representer(str, _plain_word)
+
+
+def write_yaml(values: Any) -> str:
+    """YAML for people, which `parse_yaml` reads as the same values."""
+    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False)  # type: ignore[no-any-return]
+
+
 def write_quoted(values: Any) -> str:
     """YAML that `parse_yaml` reads as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)  # type: ignore[no-any-return]
