@@ -9,7 +9,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from megagamma.config.schema import ROLES, Bounds, Config
+from megagamma.config.bounds import Bounds
+from megagamma.config.schema import ROLES, Config
 from megagamma.errors import ConfigurationError
 
 _MAX_RISES = 100_000  # of the batch ramp

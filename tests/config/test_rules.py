@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megagamma.config.bounds import Bounds, option
 from megagamma.config.io import (
     _SYNONYMS,
     as_dict,
@@ -26,7 +27,7 @@ from megagamma.config.io import (
     to_config,
 )
 from megagamma.config.resolve import resolve, validate
-from megagamma.config.schema import Bounds, Config, ModelConfig, option, padded_vocab_size
+from megagamma.config.schema import Config, ModelConfig, padded_vocab_size
 from megagamma.errors import ConfigurationError
 
 SMOKE = ["--config", "configs/smoke.yaml"]
