@@ -78,6 +78,29 @@ def test_a_cpu_with_threads_is_deterministic(one_rank: RankPool, data_cache: str
     assert problems == [None] * 3 and equal
 
 
+def bounded(arguments: list[str]) -> list[bool]:
+    """Where a device is not deterministic: two runs agree, and a norm that is off by less or more than the bound."""
+    from megagamma.distributed.replay import BOUNDS, _Trace
+
+    config, engine = build_engine(arguments)
+    traces = [_Trace(engine, exact=False) for _ in range(2)]
+    for trace in traces:
+        trace.run(batches(config, engine, 1))
+        engine.discard()
+    found = [traces[0].difference(traces[1]) is None]
+    for factor in (0.5, 2.0):
+        value = traces[1].values[7]
+        traces[1].values[7] = value * (1 + factor * BOUNDS[torch.float32])
+        found.append(traces[0].difference(traces[1]) is None)
+        traces[1].values[7] = value
+    engine.close()
+    return found
+
+
+def test_the_bound_where_a_device_is_not_deterministic(one_rank: RankPool, data_cache: str) -> None:
+    assert one_rank.run(bounded, ["--data.cache", data_cache]) == [[True, True, False]]
+
+
 class Fault(Callback):
     """On one rank, flips a bit once: of a layer's output or of the gradient at it, at a given pass through the layer."""
 
