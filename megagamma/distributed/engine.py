@@ -383,5 +383,5 @@ class Engine:
         """
         for chunk in self.chunks:
             chunk.config.no_sync_func = None
-        self.deepspeed.destroy()
+        compat.release(self.deepspeed)
         self.runtime.close_groups()
