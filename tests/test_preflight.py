@@ -63,7 +63,7 @@ def test_errors_come_before_torch(tmp_path: Path) -> None:
         (train, [*paths, "--validation.paths", "{a: nowhere}"], "folder 'nowhere' does not exist"),
         (train, [*paths, "--tokenizer.path", "none.model"], "tokenizer.path=none.model: there is no such file"),
         (train, [*paths, "--run.folder", "file/run"], "run.folder=file/run: cannot be written (Not a directory)"),
-        (train, [*paths, "--run.folder", "x" * 300], "cannot be written (File name too long)"),
+        (train, [*paths, "--run.folder", "x" * 300], "a name of 300"),
         (train, [*paths, "--run.folder", "new", "--run.resume", "must"], "run.resume=must"),
         (command + "checkpoint", ["verify", "nowhere"], "nowhere: there is no such folder"),
         (command + "checkpoint", ["inspect", "broken"], "holds no finished checkpoint"),

@@ -294,7 +294,7 @@ def test_pruning_leaves_what_this_tool_did_not_write(tmp_path: Path) -> None:
     before, said = snapshot(tmp_path), {}
     assert prune(tmp_path, 2, set(), said.__setitem__) == [1, 6]
     assert {step: text.split(" it holds ")[1].split(", not as")[0] for step, text in said.items()} == {
-        2: "hf/model.safetensors", 3: "notes.txt", 4: "weight-00000.safetensors (changed)", 5: ".",
+        2: "hf/model.safetensors", 3: "notes.txt", 4: "weight-00000.safetensors (changed)",
     }  # fmt: skip
     assert "step_00000003 is kept beyond checkpoint.keep_last=2" in said[3]
     after = snapshot(tmp_path)

@@ -140,7 +140,7 @@ def test_errors(tool: ModuleType, hub: list[Any], tmp_path: Path, monkeypatch: p
         tool.main(["--tasks", "gsm8kk"])
     with pytest.raises(ConfigurationError, match=r"--revision openai/gsm8k: give"):
         tool.main(["--tasks", "gsm8k", "--revision", "openai/gsm8k"])
-    with pytest.raises(ConfigurationError, match=r"--revision a/b: no asked task reads it; they read openai/gsm8k"):
+    with pytest.raises(ConfigurationError, match=r"--revision a/b: no task asked for reads it; they read openai/gsm8k"):
         tool.main(["--tasks", "gsm8k", "--revision", "a/b=1"])
     with pytest.raises(EvaluationError, match=r"lighteval/siqa cannot be had"):
         tool.main(["--tasks", "social_iqa"])

@@ -55,7 +55,7 @@ def test_a_model_is_never_whole_while_zero_3_builds_it(monkeypatch: pytest.Monke
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     arguments = [
-        *("--model.vocab_size", "1024", "--model.hidden_size", "512", "--model.num_layers", "12"),
+        *("--model.vocab_size", "1024", "--model.hidden_size", "512", "--model.num_layers", "24"),
         *("--model.ffn_hidden_size", "2048", "--deepspeed_config", "configs/deepspeed/zero3.json"),
     ]
     pool = RankPool(2)

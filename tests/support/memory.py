@@ -43,6 +43,8 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     config = parse_config(["--config", "configs/smoke.yaml", *arguments], world_size=world.size)
     runtime = Runtime(config, world)
     import_deepspeed(on_cpu=True)
+    import torch._dynamo  # optimizers import it when they are made
+
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))
     runtime.gather(0)
     baseline = resident()
