@@ -41,6 +41,11 @@ def train_with_faults(arguments: list[str], saves: list[int], error: str, place:
     return result
 
 
+def slow(*cases: tuple[str, str]) -> list[Any]:
+    """Parameters of tests that only `make test-all` runs."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def run(folder: Path, *more: str) -> list[str]:
     rules = ("--checkpoint.interval", "2", "--checkpoint.keep_last", "1", "--checkpoint.asynchronous", "true")
     return ["--run.folder", str(folder), "--run.steps", "9", "--validation.at_end", "false", *rules, *more]
@@ -61,7 +66,7 @@ def assert_valid(folder: Path, steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "place"), [("value", "write"), ("exit", "close"), ("memory", "__init__"), ("disk", "close")]
+    ("error", "place"), [("exit", "close"), *slow(("value", "write"), ("memory", "__init__"), ("disk", "close"))]
 )
 def test_a_failed_asynchronous_save_is_reported_and_training_continues(
     tmp_path: Path, one_rank: RankPool, error: str, place: str
@@ -95,8 +100,9 @@ def test_the_last_save_of_a_run_is_not_lost_without_a_word(tmp_path: Path, one_r
     assert_valid(tmp_path / "run", [6])
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-@pytest.mark.parametrize("error", ["value", "memory"])
+@pytest.mark.parametrize(
+    ("error", "asynchronous"), [("value", "true"), ("memory", "false"), *slow(("memory", "true"), ("value", "false"))]
+)
 def test_all_ranks_hear_of_it(tmp_path: Path, two_ranks: RankPool, error: str, asynchronous: str) -> None:
     folder = tmp_path / "run"
     given = run(folder, "--checkpoint.asynchronous", asynchronous)

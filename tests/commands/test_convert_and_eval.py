@@ -148,6 +148,7 @@ def test_errors_before_any_work(
     assert not (run / "hf").exists()
 
 
+@pytest.mark.slow  # tests/test_crashes.py stops a conversion at every file operation
 @pytest.mark.launcher
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(
     tool: ModuleType, runs: list[Path], tmp_path: Path

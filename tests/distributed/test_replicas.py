@@ -104,7 +104,7 @@ def test_a_flipped_bit_of_a_moment_or_gradient_is_named(
 @pytest.mark.parametrize(
     ("stage", "fault", "what"),
     [
-        (0, "moment of a norm", "exp_avg of "),
+        pytest.param(0, "moment of a norm", "exp_avg of ", marks=pytest.mark.slow),
         (1, "moment of a norm", "exp_avg of "),
         (0, "gradient of a norm", "the gradient of "),
         pytest.param(2, "moment of a norm", "exp_avg of ", marks=pytest.mark.slow),
@@ -119,6 +119,7 @@ def test_so_is_one_of_a_norm_over_tensor_parallel_ranks(
         assert f"{what}model.layers.1.post_attention_layernorm.weight differ over the tensor-parallel" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_sound_runs_pass_under_any_stage(two_ranks: RankPool, data_cache: str, stage: int) -> None:
     zero = ("--deepspeed_config", f"configs/deepspeed/zero{stage}.json")

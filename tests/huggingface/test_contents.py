@@ -90,6 +90,7 @@ def test_what_was_altered_is_named_wherever_the_model_is_used(folder: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_it_is_converted_again(
     exported: tuple[Path, Path], folder: Path, native: Callable[..., Any], tmp_path: Path
 ) -> None:

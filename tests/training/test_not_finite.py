@@ -68,7 +68,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 NONE, ALL = range(0), range(1, 100)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2))])
 def test_gradients_that_are_never_finite_end_the_run(tmp_path: Path, two_ranks: RankPool, stage: int) -> None:
     given = run(tmp_path / "run", "--guard.max_skips", "4", stage=stage)
     for code, text in two_ranks.run(poisoned, given, ALL, NONE):
@@ -76,6 +76,7 @@ def test_gradients_that_are_never_finite_end_the_run(tmp_path: Path, two_ranks: 
     assert len(events(tmp_path / "run", "nan")) == 5
 
 
+@pytest.mark.slow
 def test_so_do_losses_that_are_never_finite(tmp_path: Path, two_ranks: RankPool) -> None:
     given = run(tmp_path / "run", "--guard.max_skips", "4", stage=2)
     assert [code for code, _ in two_ranks.run(poisoned, given, NONE, ALL)] == [3, 3]
@@ -83,7 +84,14 @@ def test_so_do_losses_that_are_never_finite(tmp_path: Path, two_ranks: RankPool)
 
 @pytest.mark.parametrize(
     ("steps", "gradients", "code"),
-    [(6, range(4, 7), 3), (6, range(5, 7), 0), (6, range(3, 6), 0), (2, range(1, 3), 3), (2, range(2, 3), 0)],
+    [
+        (6, range(4, 7), 3),
+        (6, range(5, 7), 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((6, range(3, 6), 0), (2, range(1, 3), 3), (2, range(2, 3), 0))
+        ),
+    ],
 )
 def test_a_run_that_ends_on_steps_without_an_update(
     tmp_path: Path, one_rank: RankPool, steps: int, gradients: range, code: int
@@ -181,6 +189,7 @@ def test_two_that_are_not_finite_are_an_error(tmp_path: Path, two_ranks: RankPoo
     assert steps_saved(root) == [2, 4, 6], "nothing is renamed or deleted"
 
 
+@pytest.mark.slow
 def test_the_only_checkpoint_is_left_to_the_guard(tmp_path: Path, one_rank: RankPool, trained: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
