@@ -25,13 +25,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megagamma.config.io import load_config, save_config
 from megagamma.config.schema import Config, RunConfig
+from megagamma.config.yaml_reader import read_yaml, write_yaml
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.files import JsonLines, copy_file, first_free, read_json, require_writable, write_json
 from megagamma.owned import require_place
+from megagamma.reading import Unreadable
 
 _STEP_NAME = re.compile(r"step_(\d{8})")
 
@@ -76,9 +76,8 @@ def is_run(path: Path) -> bool:
 
 def _is_saved_config(path: Path) -> bool:
     """Whether a config file has the form that a run gives it: no comments, every section in a row."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-        text = path.read_text(encoding="utf-8")
-        return len(text) < 1 << 20 and yaml.safe_dump(yaml.safe_load(text), sort_keys=False) == text
+    with contextlib.suppress(OSError, Unreadable):
+        return write_yaml(read_yaml(path)) == path.read_text(encoding="utf-8")
     return False
 
 

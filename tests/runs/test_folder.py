@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megagamma.config.schema import Config
+from megagamma.config.schema import Config, RunConfig
 from megagamma.errors import DataError, MegagammaError
 from megagamma.runs.folder import RunFolder, folder_name, is_checkpoint, is_run, kind_of_folder, steps_saved
 
@@ -157,3 +157,13 @@ def test_a_config_written_by_hand_is_kept(tmp_path: Path) -> None:
     # Negative control: what a run wrote is its own.
     assert run.write_config(Config()) is None
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_config_of_the_run_is_never_taken_for_one_written_by_hand(tmp_path: Path) -> None:
+    """Also where a word is quoted that YAML would read as a number."""
+    run = RunFolder(tmp_path)
+    for name in ("plain", "1e-3", "010", "yes"):
+        config = Config(run=RunConfig(name=name))
+        run.write_config(config)
+        assert run.write_config(config) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
