@@ -128,9 +128,7 @@ def main_guard(function: Callable[[], int | None]) -> int:
     except MegagammaError as error:
         rank = _rank()
         if rank == 0 or error.on_one_rank:
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-            print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(str(error))}", file=sys.stderr, flush=True)
+            _print_error(rank, str(error))
         return error.exit_code
     except (MemoryError, RecursionError) as error:
         return _say(error, _out_of_space(error), 2)
@@ -151,14 +149,17 @@ def one_line(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
+def _print_error(rank: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(text)}", file=sys.stderr, flush=True)
+
+
 def _say(error: BaseException, text: str, code: int) -> int:
     """Print the line of an error that this rank alone may have; returns the exit code."""
     if os.environ.get("MEGAGAMMA_DEBUG") == "1":
         traceback.print_exception(error)
-    rank = _rank()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(text)}", file=sys.stderr, flush=True)
+    _print_error(_rank(), text)
     return code
 
 

@@ -80,6 +80,12 @@ def first_free(folder: Path, before: str, after: str = "") -> Path:
     )
 
 
+def free_name(path: Path, separator: str = "-") -> Path:
+    """PATH where nothing is there, else the first of PATH-2, PATH-3, ... that is not there yet."""
+    others = (path.with_name(f"{path.name}{separator}{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not os.path.lexists(name))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file atomically, as UTF-8.
 

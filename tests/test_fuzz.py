@@ -14,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.prepared import MANIFEST
 
 from megagamma.checkpoint.manifest import sealed
 from megagamma.checkpoint.reader import read_manifest as read_checkpoint
@@ -25,14 +26,6 @@ from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.files import JsonLines
 from megagamma.model.parameters import KINDS
 
-MANIFEST = {
-    "format": "megagamma.prepared",
-    "format_version": 1,
-    "dtype": "uint16",
-    "tokenizer": {"fingerprint": "a", "vocab_size": 10, "eos_id": 1, "pad_id": 0},
-    "splits": {"train": {"documents": 1, "tokens": 2, "bytes": 3}},
-    "files": {name: {"bytes": 4, "sha256": "b"} for name in ("train.bin", "train.idx")},
-}
 CHECKPOINT = sealed({
     "format": "megagamma checkpoint", "version": 2, "step": 3, "adam_step": 3, "config": as_dict(Config()),
     "consumed_samples": 96, "seconds": 1.5, "tokenizer": "abc", "progress": {"guard": {"mean": 1.0}},

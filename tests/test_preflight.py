@@ -9,19 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.prepared import MANIFEST
 
 from megagamma.config.schema import Config
 from megagamma.errors import CheckpointError, ConfigurationError, DataError, MegagammaError
 from megagamma.preflight import check_early
-
-MANIFEST = {
-    "format": "megagamma.prepared",
-    "format_version": 1,
-    "dtype": "uint16",
-    "tokenizer": {"fingerprint": "a", "vocab_size": 10, "eos_id": 1, "pad_id": 0},
-    "splits": {"train": {"documents": 1, "tokens": 2, "bytes": 3}},
-    "files": {name: {"bytes": 4, "sha256": "b"} for name in ("train.bin", "train.idx")},
-}
 
 # One process: imports are a matter of the process.
 PROGRAM = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from megagamma.checkpoint.manifest import MANIFEST, is_sealed
 from megagamma.checkpoint.reader import folder_name, read_manifest, steps_saved, verify_all
 from megagamma.distributed.runtime import Runtime
 from megagamma.errors import CheckpointError
-from megagamma.files import advice
+from megagamma.files import advice, free_name
 from megagamma.folders import finish_removal, recover_directory, remove_directory
 from megagamma.owned import enumerated, strangers
 from megagamma.runs.folder import step_links
@@ -138,10 +137,7 @@ def set_aside(runtime: Runtime, folder: Path, why: str) -> Path:
     """
 
     def rename() -> str:
-        names = (
-            folder.with_name(f"{folder.name}.{why}{'' if number == 1 else f'.{number}'}") for number in range(1, 1000)
-        )
-        aside = next(name for name in names if not os.path.lexists(name))
+        aside = free_name(folder.with_name(f"{folder.name}.{why}"), ".")
         folder.rename(aside)
         return str(aside)
 

@@ -17,6 +17,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megagamma.owned import file_digest
+
 _ALIGNMENT = 8
 _CHUNK = 1 << 20  # numbers that are converted at a time
 # safetensors' name and bytes of a number.
@@ -83,8 +85,4 @@ class ShardWriter:
 
 def checksum(path: Path) -> str:
     """The checksum that `ShardWriter.close` gave, from the file."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path, "xxh3_128").removeprefix("xxh3_128:")

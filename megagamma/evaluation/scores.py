@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.errors import EvaluationError, MegagammaError
-from megagamma.files import write_json, write_text
+from megagamma.files import free_name, write_json, write_text
 from megagamma.reading import read_json_value
 from megagamma.reporting.tables import csv_table, format_score, markdown_table
 
@@ -85,10 +85,7 @@ class ScoreFile:
         except FileNotFoundError:
             pass
         except EvaluationError as error:
-            aside, number = self.path.with_name(f"{self.path.name}.damaged"), 1
-            while os.path.lexists(aside):
-                number += 1
-                aside = self.path.with_name(f"{self.path.name}.damaged-{number}")
+            aside = free_name(self.path.with_name(f"{self.path.name}.damaged"))
             os.replace(self.path, aside)
             say(f"WARNING {error}; set aside as {aside.name}, and scoring anew")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -112,8 +113,6 @@ class Run:
 
     def send(self, number: int, rank: int = 0) -> None:
         """Send a signal to one rank."""
-        import os
-
         os.kill(self.ranks[rank].pid or 0, number)
 
     def end(self) -> list[int]:
