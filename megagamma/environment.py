@@ -251,6 +251,15 @@ def cores_of_this_process() -> int:
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; no driver is loaded to find out."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    if text is None:
+        return [str(number) for number in range(len(present))]
+    return [word.strip() for word in text.split(",") if word.strip() not in ("", "-1")] if present else []
+
+
 def choose_threads(requested: int, processes_on_this_node: int) -> int:
     """CPU threads for this process.
 

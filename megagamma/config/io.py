@@ -155,7 +155,7 @@ def to_config(namespace: Any) -> Config:
     return config_of_sections(values)
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def read_sections(path: str) -> dict[str, Any]:
     """A config file's sections. Its form is checked here, naming the file; its values are the parser's matter.
 
     Raises:
@@ -256,7 +256,7 @@ def _own_arguments(arguments: list[str]) -> list[str]:
         elif is_file:
             source = f"{name} {value[:_SHOWN]}: "
             if name == "--config":
-                values = _read_file(value)
+                values = read_sections(value)
             else:
                 values = _sections({name[2:]: _section_value(name, value)}, source)
             init = values.get("init")

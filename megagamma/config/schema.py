@@ -345,6 +345,8 @@ class LoggingConfig:
     """wandb mirrors the metrics; a failure of it only warns."""
     wandb_project: str = "megagamma"
     """wandb project."""
+    wandb_group: str = ""
+    """wandb group, such as the sweep that the run is a point of. Empty: none."""
 
 
 @dataclass

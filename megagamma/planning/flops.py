@@ -31,6 +31,8 @@ _PEAKS = (
     ("V100", 125e12),
     ("4090", 165e12),
 )
+KNOWN_DEVICES = tuple(name for name, _ in _PEAKS)
+"""GPUs whose peak is known, see `known_peak_flops`."""
 
 
 @dataclass(frozen=True)

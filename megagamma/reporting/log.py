@@ -40,8 +40,9 @@ class WandbMirror:
             import wandb
 
             self._run = wandb.init(
-                project=logging.wandb_project, name=name, dir=str(folder), config=config, mode=logging.wandb
-            )
+                project=logging.wandb_project, name=name, group=logging.wandb_group or None, dir=str(folder),
+                config=config, mode=logging.wandb,
+            )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - a mirror must not break what it mirrors
             self._warn(error)
 

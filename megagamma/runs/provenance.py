@@ -36,6 +36,12 @@ def _git(*arguments: str) -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
+def source_commit() -> str | None:
+    """Commit of the source tree, with a + where files differ from it; None outside of a checkout."""
+    commit = _git("rev-parse", "HEAD")
+    return commit and commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 def provenance(
     parallel: ParallelConfig, data_parallel_size: int, threads: int, ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:

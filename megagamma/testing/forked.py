@@ -1,77 +1,19 @@
-"""Whole runs on a few ranks without the seconds that imports cost: forked from a server that has imported everything.
-
-The ranks are what a launcher starts, without the launcher: one that survives another must end by itself.
-"""
+"""Whole runs on a few ranks for tests, see `megagamma.forked`: with one thread each."""
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
-import os
-import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megagamma.testing.ranks import free_port
+from megagamma import forked
+from megagamma.forked import context
 
-
-def context() -> ForkServerContext:
-    """A context whose server has the project's imports done; nothing in them starts a thread."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(
-        ["megagamma.testing.preloaded", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"]
-    )
-    return found
-
-
-def _main(
-    rank: int,
-    size: int,
-    port: int,
-    arguments: Sequence[str],
-    log: Path,
-    folder: Path,
-    prepare: Callable[[int], None] | None,
-) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    os.chdir(folder)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv = ["pretrain.py", *arguments]
-    from megagamma.cli import main_guard
-
-    # By its name: it stands above everything, and nothing imports it.
-    main = importlib.import_module("megagamma.pretrain").main
-    if prepare is not None:
-        prepare(rank)
-    code = main_guard(main)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+__all__ = ["context", "launch"]
 
 
 def launch(
     size: int, arguments: Sequence[str], log: Path, folder: Path, prepare: Callable[[int], None] | None = None
 ) -> list[BaseProcess]:
-    """Start `megagamma pretrain` with these arguments on `size` ranks.
-
-    Args:
-        log: file that everything they print is appended to.
-        folder: working directory.
-        prepare: importable function, called with the rank in every process before it begins: to inject a fault.
-    """
-    port = free_port()
-    found: list[BaseProcess] = []
-    for rank in range(size):
-        process = context().Process(
-            target=_main, args=(rank, size, port, list(arguments), log, folder, prepare), daemon=True
-        )
-        process.start()
-        found.append(process)
-    return found
+    """Start `megagamma pretrain`, see `megagamma.forked.launch`."""
+    return forked.launch(size, arguments, log, folder, prepare, {"OMP_NUM_THREADS": "1"})

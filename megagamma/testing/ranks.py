@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,17 +16,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megagamma.cli import ignore_library_warnings
+from megagamma.forked import free_port
 
 
 class RankError(RuntimeError):
     """A rank of the pool raised, died or gave no answer; the message holds its traceback."""
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(rank: int, size: int, port: int, path: list[str], pipe: Connection) -> None:

@@ -1,0 +1,340 @@
+"""Plan, run, submit and collect a sweep: sizes x gamma x seeds, compared fairly.
+
+    megagamma sweep plan configs/sweeps/smoke.yaml           # points, FLOPs, time, memory, what arms differ in
+    megagamma sweep run configs/sweeps/smoke.yaml            # here, several points at a time; again: resumes
+    megagamma sweep submit configs/sweeps/scale.yaml         # under SLURM; again: only what is missing
+    megagamma sweep status configs/sweeps/smoke.yaml
+    megagamma sweep collect configs/sweeps/smoke.yaml        # table.csv and table.parquet of every validation
+    megagamma sweep retry configs/sweeps/smoke.yaml [POINT]  # lets points that were given up run again
+    megagamma sweep cancel configs/sweeps/smoke.yaml         # ends the runner or the jobs; points save first
+
+The state lies in runs/sweeps/NAME. A point is known by the content of its config and data: finished ones are skipped, also
+after the file was extended. Exit codes: 0; 1 when points were given up; 2 for what must be fixed before; 75 when stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from megagamma.environment import visible_gpus
+from megagamma.errors import ConfigurationError, DataError
+from megagamma.files import write_json
+from megagamma.reporting.log import duration
+from megagamma.reporting.tables import aligned_table
+from megagamma.runs.lock import read_lock
+from megagamma.scaling import collect as results
+from megagamma.scaling.folder import PointState, SweepFolder, code_hash, forgive
+from megagamma.scaling.plan import make_plan, speed_of
+from megagamma.scaling.points import Point, expand, vocabulary_of
+from megagamma.scaling.spec import Sweep, read_sweep
+
+GIB = 2**30
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    summaries = {
+        "plan": "what the sweep is and costs; starts nothing",
+        "run": "run the points on this machine",
+        "submit": "run the points as SLURM jobs",
+        "status": "what has become of every point",
+        "collect": "write the table of every validation",
+        "retry": "let points that were given up run again",
+        "cancel": "end the runner, or the jobs",
+    }
+    for name, text in summaries.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("sweep", type=Path, help="the sweep's YAML file")
+        action.add_argument("--state", type=Path, help="folder of the sweep (default runs/sweeps/NAME)")
+        action.add_argument("--budget", type=float, nargs="+", metavar="FLOPS", help="FLOPs per point; tokens follow")
+        action.add_argument("--json", action="store_true", help="print JSON in place of text")
+        if name in ("plan", "submit"):
+            action.add_argument("--device", default="", help="GPU to plan for, such as H100, or cpu (default: what is here)")
+            action.add_argument("--mfu", type=float, help="share of the device's peak to plan with (default: measured, or 0.4)")
+        if name in ("run", "submit"):
+            action.add_argument("--strict_code", action="store_true", help="redo points that another version of the code finished")
+        if name == "run":
+            action.add_argument("--at_once", type=int, help="points at a time (default: by GPUs or cores)")
+        if name == "submit":
+            from megagamma.scaling.submit import add_arguments
+
+            add_arguments(action)
+        if name == "retry":
+            action.add_argument("points", nargs="*", help="names of points (default: all that were given up)")
+    return parser
+
+
+def _folder(args: argparse.Namespace, sweep: Sweep) -> SweepFolder:
+    return SweepFolder(args.state or Path("runs") / "sweeps" / sweep.name)
+
+
+def _load(args: argparse.Namespace) -> tuple[Sweep, SweepFolder, list[Point]]:
+    sweep = read_sweep(args.sweep, None if args.budget is None else tuple(args.budget))
+    folder = _folder(args, sweep)
+    folder.check(sweep)
+    return sweep, folder, expand(sweep, folder.points)
+
+
+def prepare_data(points: list[Point]) -> None:
+    """Prepare embedded texts once, before points start, and check that folders are there.
+
+    Raises:
+        DataError: a folder that is missing or corrupt.
+    """
+    from megagamma.data.preparation.prepare import embedded_settings, prepare
+
+    seen = set()
+    for point in points:
+        data, size = point.config.data, point.config.tokenizer.vocab_size
+        key = (data.corpus, data.cache, size, tuple(data.paths))
+        if data.corpus and key not in seen:
+            prepare(embedded_settings(data.corpus, data.cache, vocab_size=size))
+        seen.add(key)
+
+
+def _states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> list[PointState]:
+    """States of all points; empty where the data is not prepared yet, so that nothing can have been run."""
+    try:
+        return folder.states(points, sweep.retries)
+    except DataError:
+        return []
+
+
+def _assumes_vocabulary(points: list[Point]) -> bool:
+    return any(vocabulary_of(point.config) is None for point in points)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print the plan."""
+    sweep, folder, points = _load(args)
+    states = _states(folder, points, sweep)
+    speed = speed_of(states, args.device, args.mfu, bool(visible_gpus()))
+    values = make_plan(sweep, points, states, speed, _assumes_vocabulary(points))
+    if args.json:
+        print(json.dumps(values, indent=2))
+    else:
+        print_plan(values)
+    return 0
+
+
+def print_plan(values: dict[str, Any]) -> None:
+    """The plan as text."""
+    rows = values["rows"]
+    cells = [
+        (
+            row["point"], str(row["seeds"]), f"{row['parameters']:,}", f"{row['non_embedding']:,}", f"{row['tokens']:.3g}",
+            f"{row['tokens_per_parameter']:.1f}", f"{row['flops']:.2e}", f"{row['lr']:.3g}", str(row["processes"]),
+            f"{row['memory_bytes_per_rank'] / GIB:.2f}", duration(row["seconds"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    titles = ("point", "seeds", "parameters", "non-emb.", "tokens", "/param", "FLOPs", "lr", "ranks", "GiB/rank", "time")
+    print(f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished")
+    print(aligned_table(titles, _widths(titles, cells), cells))
+    total = values["total"]
+    unit = "GPU-hours" if values["speed"]["device"] == "cuda" else "process-hours"
+    print(
+        f"\nin all {total['flops']:.3g} FLOPs, {total['tokens']:.3g} tokens, {total['device_hours']:,.2f} {unit}, "
+        f"{total['disk_bytes'] / GIB:.2f} GiB of checkpoints at the end"
+    )
+    print(f"speed: {values['speed']['source']}")
+    print("FLOPs count the head and attention; parameters with embedding and head, and without (non-emb.)")
+    for line in values["comparison"]:
+        print(line)
+    for line in values["warnings"]:
+        print(f"WARNING {line}")
+
+
+def _widths(titles: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[int]:
+    return [max(len(cell[i]) for cell in [titles, *cells]) + (2 if i else 0) for i in range(len(titles))]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the points here."""
+    sweep, folder, points = _load(args)
+    from megagamma.scaling.runner import Runner, divide
+
+    resources = divide(args.at_once, max(point.launch.processes for point in points))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with folder.lock():
+        folder.claim(sweep)
+        prepare_data(points)
+        points = expand(sweep, folder.points)  # again, now that vocabularies are known
+        states = folder.states(points, sweep.retries)
+        begin(folder, states, args.strict_code)
+        speed = speed_of(states, "cpu" if not visible_gpus() else "H100", None, bool(visible_gpus()))
+        write_json(folder.plan_file, make_plan(sweep, points, states, speed, False))
+        print(
+            f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
+            f"{resources.at_once} at a time, {resources.threads} threads each",
+            flush=True,
+        )
+        runner = Runner(folder, states, resources, sweep.retries, sweep.stop_lost, lambda text: print(text, flush=True))
+        code = runner.run()
+        if overhead := runner.overhead():
+            print(overhead)
+        _write_results(sweep, folder, states, args.json)
+    return code
+
+
+def begin(folder: SweepFolder, states: list[PointState], strict_code: bool) -> None:
+    """Report what another version of the code finished, set it aside where asked, and register what will run."""
+    code = code_hash()
+    others = [state for state in states if state.status in ("done", "behind", "diverged") and state.code != code]
+    if others:
+        what = "they are run again (--strict_code)" if strict_code else "they are kept; --strict_code runs them again"
+        print(f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}")
+    for state in others if strict_code else ():
+        folder.set_aside(state)
+    for state in states:
+        if not state.is_final and state.status != "running":
+            folder.register(state, code)
+
+
+def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], as_json: bool) -> None:
+    rows = results.rows_of(sweep, states)
+    results.write_table(folder, rows)
+    summary = results.summary(sweep, states)
+    _, warnings = results.best_values(sweep, states)
+    if as_json:
+        print(json.dumps({"rows": rows, "summary": summary, "warnings": warnings}, indent=2))
+        return
+    cells = [
+        (
+            row["point"] + (" *" if row["best"] else ""), row["seeds"], f"{row['lr']:.3g}",
+            "-" if row["loss"] is None else f"{row['loss']:.4f}",
+            "-" if row["deviation"] is None else f"{row['deviation']:.4f}",
+        )
+        for row in summary
+    ]  # fmt: skip
+    titles = ("point", "seeds", "lr", "val loss", "std dev.")
+    print("\n" + aligned_table(titles, _widths(titles, cells), cells))
+    if any(row["best"] for row in summary):
+        print("* best of its tuned axes")
+    from megagamma.scaling.plan import learning_rate_line
+
+    print(learning_rate_line(sweep))
+    for warning in warnings:
+        print(f"WARNING {warning}")
+    print(f"wrote {folder.csv_file} and {folder.parquet_file}: {len(rows)} rows")
+
+
+def collect(args: argparse.Namespace) -> int:
+    """Write the table."""
+    sweep, folder, points = _load(args)
+    states = _require_states(folder, points, sweep)
+    _write_results(sweep, folder, states, args.json)
+    return 0
+
+
+def _require_states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> list[PointState]:
+    if not folder.identity_file.exists():
+        raise ConfigurationError(f"{folder.path}: this sweep was not run yet: megagamma sweep run {sweep.file}")
+    return folder.states(points, sweep.retries)
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print the state of every point."""
+    sweep, folder, points = _load(args)
+    states = _require_states(folder, points, sweep)
+    if args.json:
+        keys = ("hash", "status", "step", "attempts", "failures", "problem", "code", "seconds")
+        print(
+            json.dumps(
+                [
+                    {"point": s.point.name, "steps": s.point.steps, **{key: getattr(s, key) for key in keys}}
+                    for s in states
+                ],
+                indent=2,
+            )
+        )
+        return 0
+    counts: dict[str, int] = {}
+    for state in states:
+        counts[state.status] = counts.get(state.status, 0) + 1
+    holder = read_lock(folder.path)
+    if holder is not None and not holder.is_stale():
+        print(f"run by {holder}")
+    print(f"{len(states)} points: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+    width = shutil.get_terminal_size((100, 24)).columns
+    cells = [
+        (s.point.name, s.status, f"{s.step}/{s.point.steps}", _loss_cell(s), str(s.attempts), _one_line(s.problem))
+        for s in states
+    ]
+    titles = ("point", "status", "step", "loss", "attempts", "problem")
+    for line in aligned_table(titles, _widths(titles, cells), cells).splitlines():
+        print(line if len(line) <= width else line[: width - 3] + "...")
+    return 0
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:60]
+
+
+def _loss_cell(state: PointState) -> str:
+    name = results.first_set(state.metrics)
+    value = next((line[name] for line in reversed(state.metrics) if line.get(name) is not None), None)
+    return "-" if value is None else f"{value:.4f}"
+
+
+def retry(args: argparse.Namespace) -> int:
+    """Let points that were given up run again."""
+    sweep, folder, points = _load(args)
+    states = _require_states(folder, points, sweep)
+    names = {state.point.name: state for state in states}
+    for name in args.points:
+        if name not in names:
+            raise ConfigurationError(f"{name}: is not a point of {sweep.file}: see megagamma sweep status")
+    chosen = [names[name] for name in args.points] or [s for s in states if s.status == "given up"]
+    with folder.lock():
+        for state in chosen:
+            if state.status in ("given up", "failed", "diverged", "behind"):
+                forgive(state)
+    print(f"{len(chosen)} points may run again: megagamma sweep run {sweep.file}")
+    return 0
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """End the runner or the jobs."""
+    sweep, folder, _ = _load(args)
+    from megagamma.scaling.submit import cancel_jobs
+
+    jobs = cancel_jobs(folder)
+    holder = read_lock(folder.path)
+    if holder is not None and not holder.is_stale():
+        import socket
+
+        if holder.host != socket.gethostname():
+            raise ConfigurationError(f"{folder.path}: is run by {holder}: cancel it on that host")
+        os.kill(holder.pid, signal.SIGTERM)
+        print(f"asked {holder} to stop; its points save first")
+    elif not jobs:
+        print(f"nothing of {sweep.name} is running")
+    return 0
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Submit the points as SLURM jobs."""
+    sweep, folder, points = _load(args)
+    from megagamma.scaling.submit import submit_sweep
+
+    return submit_sweep(args, sweep, folder, points)
+
+
+ACTIONS = {
+    "plan": plan, "run": run, "submit": submit, "status": status, "collect": collect, "retry": retry, "cancel": cancel,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do one action; returns the exit code."""
+    args = build_parser().parse_args(arguments)
+    return ACTIONS[args.action](args)

@@ -1,0 +1,104 @@
+"""Runs started without the seconds that imports cost: forked from a server that has imported everything once.
+
+The ranks are what a launcher starts, without the launcher: one that survives another must end by itself. They end, with a
+checkpoint, when the process that started the server is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
+# Variables of other launchers, which would say who the process is.
+_LAUNCHERS = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def context() -> ForkServerContext:
+    """A context whose server has a run's imports done; nothing in them starts a thread."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["megagamma.preloaded", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"])
+    return found
+
+
+def _end_with_server() -> None:
+    """Ask for SIGTERM when the server, this process' parent, is gone; it goes with the process that started it."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _main(
+    environment: Mapping[str, str],
+    arguments: Sequence[str],
+    log: Path,
+    folder: Path,
+    prepare: Callable[[int], None] | None,
+) -> None:
+    _end_with_server()
+    for name in _LAUNCHERS:
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    os.chdir(folder)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["pretrain.py", *arguments]
+    from megagamma.cli import main_guard
+
+    # By its name: it stands above everything, and nothing imports it.
+    main = importlib.import_module("megagamma.pretrain").main
+    if prepare is not None:
+        prepare(int(environment["RANK"]))
+    code = main_guard(main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def launch(
+    size: int,
+    arguments: Sequence[str],
+    log: Path,
+    folder: Path,
+    prepare: Callable[[int], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[BaseProcess]:
+    """Start `megagamma pretrain` with these arguments on `size` ranks of this host.
+
+    Args:
+        log: file that everything they print is appended to.
+        folder: working directory.
+        prepare: importable function, called with the rank in every process before it begins: to inject a fault.
+        environment: further variables.
+    """
+    port = free_port()
+    found: list[BaseProcess] = []
+    for rank in range(size):
+        variables = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {}),
+        }  # fmt: skip
+        process = context().Process(target=_main, args=(variables, list(arguments), log, folder, prepare), daemon=True)
+        process.start()
+        found.append(process)
+    return found

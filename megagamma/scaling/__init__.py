@@ -1,0 +1,1 @@
+"""Studies: sweeps over sizes, gammas and seeds, planned, run, and collected into one table."""

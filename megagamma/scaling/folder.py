@@ -1,0 +1,240 @@
+"""The folder of a sweep, `runs/sweeps/NAME`. The one place that knows its file names, and what they say of each point.
+
+    sweep.json      name and axes: what belongs in this folder
+    sweep.yaml      the sweep's file as it was last used
+    plan.json       its plan
+    points/NAME/    the runs; each with point.json, what the point is, and attempts.jsonl, how often it was started
+    log/NAME.log    what the runs printed
+    table.csv, table.parquet    every validation of every point
+    code/           snapshots of the code that queued jobs run
+    slurm/          scripts and numbers of the jobs
+    .lock           who runs or submits the sweep now
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.files import JsonLines, copy_file, first_free, read_json, write_json
+from megagamma.owned import require_place
+from megagamma.runs.folder import RunFolder
+from megagamma.runs.lock import RunLock, read_lock
+from megagamma.runs.provenance import source_commit
+from megagamma.scaling.points import Point, axes_of, content_hash, data_identity
+from megagamma.scaling.spec import Sweep
+
+# How an attempt ended, by the run's exit code (`megagamma.cli`).
+KINDS = {0: "done", 3: "diverged", 75: "stopped"}
+FINAL = ("done", "diverged", "behind")
+"""States of a point that is not started again."""
+
+
+def code_hash() -> str:
+    """Content of the package's own source. Hexadecimal."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _attempts_file(folder: Path) -> JsonLines:
+    return JsonLines(folder / "attempts.jsonl")
+
+
+@dataclass
+class PointState:
+    """A point, and what has become of it."""
+
+    point: Point
+    hash: str
+    folder: Path
+    status: str
+    """pending, running, stopped, done, diverged, behind (ended early), failed (may be tried again), given up."""
+    step: int = 0
+    attempts: int = 0
+    failures: int = 0
+    problem: str = ""
+    """What the last failure was."""
+    code: str = ""
+    """Hash of the code that it ran with last; empty before it is started."""
+    seconds: float = 0.0
+    """Of all attempts, start-up included."""
+    training_seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is not started again by itself."""
+        return self.status in (*FINAL, "given up")
+
+
+class SweepFolder:
+    """The files of a sweep."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Args: path: the folder; it need not be there yet."""
+        self.path = Path(path)
+        self.identity_file = self.path / "sweep.json"
+        self.sweep_file = self.path / "sweep.yaml"
+        self.plan_file = self.path / "plan.json"
+        self.points = self.path / "points"
+        self.logs = self.path / "log"
+        self.csv_file = self.path / "table.csv"
+        self.parquet_file = self.path / "table.parquet"
+        self.code = self.path / "code"
+        self.slurm = self.path / "slurm"
+        self.jobs_file = self.slurm / "jobs.jsonl"
+
+    def lock(self) -> RunLock:
+        """The lock that whoever starts points holds."""
+        return RunLock(self.path, what="sweep")
+
+    def check(self, sweep: Sweep) -> None:
+        """Check that the folder is new, or of this sweep.
+
+        Raises:
+            ConfigurationError: it is of another sweep.
+        """
+        require_place(self.path, f"sweep folder {self.path}", itself=(), around=("run",))
+        if not self.identity_file.exists():
+            if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise ConfigurationError(
+                    f"{self.path}: is no sweep's folder (sweep.json is missing), and not empty: choose another --state, or "
+                    "another name in the sweep's file"
+                )
+            return
+        found = read_json(self.identity_file)
+        axes = sorted(axis.name for axis in axes_of(sweep))
+        for key, ours in (("name", sweep.name), ("axes", axes)):
+            if found.get(key) != ours:
+                raise ConfigurationError(
+                    f"{self.path}: is the folder of another sweep: its {key} {found.get(key)} differ from {ours} of "
+                    f"{sweep.file}: give the sweep another name, or another --state"
+                )
+
+    def claim(self, sweep: Sweep) -> None:
+        """Make the folder this sweep's; call under its lock."""
+        self.check(sweep)
+        self.points.mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(exist_ok=True)
+        write_json(self.identity_file, {"name": sweep.name, "axes": sorted(axis.name for axis in axes_of(sweep))})
+        copy_file(sweep.file, self.sweep_file)
+
+    def known(self) -> dict[str, Path]:
+        """Folder of every point that was ever started, by the hash of its content, whatever the folder's name is now."""
+        found = {}
+        for file in sorted(self.points.glob("*/point.json")):
+            if ".before-" not in file.parent.name:
+                try:
+                    found[str(read_json(file)["hash"])] = file.parent
+                except (MegagammaError, KeyError):
+                    continue  # cut off, or changed: the point is started anew beside it
+        return found
+
+    def states(self, points: list[Point], retries: int) -> list[PointState]:
+        """Every point with its state; the data of the points must be prepared."""
+        known = self.known()
+        identities: dict[str, list[Any]] = {}
+        states = []
+        for point in points:
+            key = repr((point.config.data.paths, point.config.data.corpus, point.config.data.cache,
+                        point.config.tokenizer.vocab_size, point.config.validation.paths))  # fmt: skip
+            if key not in identities:
+                identities[key] = data_identity(point.config)
+            digest = content_hash(point.config, identities[key])
+            folder = known.get(digest) or self.points / f"{point.name}-{digest[:8]}"
+            states.append(read_state(point, digest, folder, retries))
+        return states
+
+    def register(self, state: PointState, code: str) -> None:
+        """Write what a point is into its folder, and its config, before it is started."""
+        from megagamma.config.io import save_config
+
+        state.point.config.run.folder = str(state.folder)
+        state.code = code
+        write_json(
+            state.folder / "point.json",
+            {
+                "hash": state.hash, "name": state.point.name, "seed": state.point.seed, "labels": state.point.labels,
+                "values": state.point.values, "code": code, "commit": source_commit(),
+            },
+        )  # fmt: skip
+        save_config(state.point.config, state.folder / "point.yaml")
+
+    def set_aside(self, state: PointState) -> None:
+        """Keep a point's folder under another name, so that it is run again."""
+        state.folder.rename(first_free(state.folder.parent, f"{state.folder.name}.before-"))
+        state.status = "pending"
+
+
+def note_start(state: PointState) -> None:
+    """Record that a point is started."""
+    state.attempts += 1
+    file = _attempts_file(state.folder)
+    file.write({"event": "start", "attempt": state.attempts, "time": time.time(), "code": state.code})
+    file.close()
+
+
+def note_end(state: PointState, kind: str, code: int | None, seconds: float, problem: str = "") -> None:
+    """Record how an attempt ended: done, diverged, stopped, behind, or failed."""
+    file = _attempts_file(state.folder)
+    values = {"event": "end", "attempt": state.attempts, "kind": kind, "code": code, "seconds": seconds}
+    file.write({**values, "problem": problem, "time": time.time()})
+    file.close()
+
+
+def forgive(state: PointState) -> None:
+    """Let a point that was given up be tried again."""
+    file = _attempts_file(state.folder)
+    file.write({"event": "retry", "time": time.time()})
+    file.close()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains in a point's folder now."""
+    holder = read_lock(folder)
+    return holder is not None and not holder.is_stale()
+
+
+def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointState:
+    """What a point's files say of it."""
+    state = PointState(point, digest, folder, "pending")
+    if not (folder / "point.json").is_file():
+        return state
+    state.code = str(read_json(folder / "point.json").get("code", ""))
+    run = RunFolder(folder)
+    state.metrics = run.metrics().read()
+    state.step = int(state.metrics[-1]["step"]) if state.metrics else 0
+    state.training_seconds = float(state.metrics[-1].get("seconds") or 0) if state.metrics else 0.0
+    last, open_attempt = "", False
+    for line in _attempts_file(folder).read():
+        event = line.get("event")
+        if event == "start":
+            state.attempts += 1
+            # One without an end was killed together with whoever started it: no failure of the point's own.
+            open_attempt = True
+        elif event == "end":
+            open_attempt, last = False, str(line.get("kind", ""))
+            state.seconds += float(line.get("seconds") or 0)
+            if last == "failed":
+                state.failures += 1
+                state.problem = str(line.get("problem", ""))
+        elif event == "retry":
+            state.failures, last = 0, ""
+    if any(line.get("event") == "end" and line.get("step") == point.steps for line in run.events().read()):
+        state.status = "done"
+    elif is_running(folder):
+        state.status = "running"
+    elif last in ("diverged", "behind") and not open_attempt:
+        state.status = last
+    elif last == "failed" and not open_attempt:
+        state.status = "given up" if state.failures > retries else "failed"
+    elif state.attempts:
+        state.status = "stopped"
+    return state

@@ -1,0 +1,307 @@
+"""The points of a sweep: its grid expanded, each with its own config, name and content hash."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megagamma.config.io import as_dict, build_parser, from_dict, parse_namespace, to_config
+from megagamma.config.resolve import resolve, validate
+from megagamma.config.schema import ROLES, Config
+from megagamma.data.preparation.manifest import read_manifest
+from megagamma.data.preparation.prepare import embedded_settings
+from megagamma.data.schedule import total_steps
+from megagamma.errors import ConfigurationError, DataError
+from megagamma.planning.flops import flops_per_token, parameter_counts
+from megagamma.scaling.rules import ORDER, Size, apply_rule, arguments_for
+from megagamma.scaling.spec import Arm, Axis, Launch, Sweep, label_of
+
+ASSUMED_VOCABULARY = 32000
+"""Where neither the config nor prepared data says one: only for a plan."""
+
+# What changes neither the numbers of a run nor the files that others read.
+_IRRELEVANT = {
+    "run": ("name", "folder", "resume", "threads", "timeout_minutes", "start_minutes"),
+    "data": ("paths", "corpus", "cache", "verify"),
+    "validation": ("paths",),
+    "checkpoint": ("asynchronous", "on_damage"),
+    "parallel": ("memory_gib",),
+    "logging": ("console_interval", "wandb", "wandb_project", "wandb_group"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    """From its labels, unique in the sweep."""
+    labels: dict[str, str]
+    """Label on each axis, budget included; without the seed."""
+    values: dict[str, Any]
+    """Value on each axis: of the option that it sets, or the label of a named arm."""
+    seed: int
+    config: Config
+    """Resolved and validated for `launch.processes`; its vocabulary may be unknown."""
+    launch: Launch
+    vocabulary: int
+    """Known, or assumed for the plan."""
+    by_rule: dict[str, Any] = field(default_factory=dict)
+    """Options that rules gave, with their values."""
+    tuned: tuple[str, ...] = ()
+    """Axes whose best value counts."""
+
+    @property
+    def group(self) -> str:
+        """Name without the seed."""
+        return self.name.rpartition("-seed")[0]
+
+    @property
+    def comparison(self) -> str:
+        """Name without the seed and the labels of tuned axes: points of one name compete for the best value."""
+        return "-".join(label for axis, label in self.labels.items() if axis not in self.tuned) or "point"
+
+    @property
+    def tuning_group(self) -> tuple[str, int]:
+        """What points share that differ in tuned axes only."""
+        return self.comparison, self.seed
+
+    @property
+    def sized(self) -> Config:
+        """The config with its vocabulary."""
+        config = copy.deepcopy(self.config)
+        config.model.vocab_size = self.vocabulary
+        return config
+
+    @property
+    def steps(self) -> int:
+        """Length of the run. Unit: steps."""
+        return total_steps(self.config)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the run. Unit: tokens."""
+        return self.steps * self.config.data.global_batch_size * self.config.data.sequence_length
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run, head and attention included. Unit: FLOPs."""
+        return flops_per_token(self.sized.model, self.config.data.sequence_length) * self.tokens
+
+
+def vocabulary_of(config: Config) -> int | None:
+    """Vocabulary of a config, from the option, the prepared data or the embedded text; None when it is not known."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    data = config.data
+    folders = list(data.paths)
+    if data.corpus:
+        settings = embedded_settings(data.corpus, data.cache, vocab_size=config.tokenizer.vocab_size)
+        folders = [str(settings.output)]
+        if not Path(folders[0], "manifest.json").is_file():
+            return settings.vocabulary
+    try:
+        return int(read_manifest(folders[0])["tokenizer"]["vocab_size"])
+    except DataError:
+        return None
+
+
+def embedded_folder(config: Config) -> str:
+    """Folder in which the embedded text of a config is prepared."""
+    settings = embedded_settings(config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size)
+    return str(settings.output)
+
+
+def data_identity(config: Config) -> list[Any]:
+    """What the data of a config is, wherever it lies: checksums of token files and tokenizers, training data first.
+
+    Raises:
+        DataError: it is not prepared.
+    """
+    folders = [embedded_folder(config)] if config.data.corpus else list(config.data.paths)
+    entries = [["train", *folders], *([name, path] for name, path in sorted(config.validation.paths.items()))]
+    identity: list[Any] = []
+    for name, *paths in entries:
+        manifests = [read_manifest(path) for path in paths]
+        files = [{key: entry["sha256"] for key, entry in sorted(m["files"].items())} for m in manifests]
+        identity.append([name, files, [m["tokenizer"]["fingerprint"] for m in manifests]])
+    return identity
+
+
+def content_hash(config: Config, data: list[Any]) -> str:
+    """What a point is: every option that its numbers depend on, and the content of its data. Hexadecimal.
+
+    Names, folders, threads and what is printed do not count. Threads can move a number by rounding.
+    """
+    values = as_dict(config)
+    for section, keys in _IRRELEVANT.items():
+        for key in keys:
+            values[section].pop(key, None)
+    text = json.dumps([1, values, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _set_option(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set an option in a config's plain values; `init.ROLE` and keys of a mapping are single entries of it."""
+    if name == "deepspeed_config":
+        values[name] = value
+        return
+    section, _, key = name.partition(".")
+    if section == "init" and key in ROLES:
+        key = f"exponents.{key}"
+    key, _, entry = key.partition(".")
+    if entry:
+        values[section][key] = {**values[section][key], entry: value}
+    else:
+        values[section][key] = value
+    if name == "run.tokens":
+        values["run"]["steps"] = None
+    elif name == "run.steps":
+        values["run"]["tokens"] = None
+
+
+def _base_values(sweep: Sweep) -> dict[str, Any]:
+    """The config that every point starts from, its derived defaults still open."""
+    arguments = [word for path in sweep.configs for word in ("--config", str(path))]
+    values = as_dict(to_config(parse_namespace(build_parser(), arguments)))
+    for name, value in sweep.options.items():
+        _set_option(values, name, value)
+    values["logging"]["wandb_group"] = sweep.name
+    return values
+
+
+def _measures(config: Config, vocabulary: int) -> dict[str, float]:
+    model = copy.deepcopy(config.model)
+    model.vocab_size = vocabulary
+    counts = parameter_counts(model)
+    return {
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "parameters": counts.total,
+        "non_embedding": counts.non_embedding,
+        "flops_per_token": flops_per_token(model, config.data.sequence_length),
+    }
+
+
+def _measure_length(measures: dict[str, float], config: Config) -> None:
+    measures["batch_tokens"] = config.data.global_batch_size * config.data.sequence_length
+    measures["tokens"] = total_steps(config) * measures["batch_tokens"]
+
+
+def _budget_axis(sweep: Sweep) -> list[Axis]:
+    if not sweep.budgets:
+        return []
+    return [Axis("budget", tuple(Arm(f"{budget:g}".replace("+", ""), budget, {}) for budget in sweep.budgets))]
+
+
+def axes_of(sweep: Sweep) -> list[Axis]:
+    """The axes of the grid, that of the budgets included."""
+    return [*sweep.axes, *_budget_axis(sweep)]
+
+
+def expand(sweep: Sweep, folder: Path) -> list[Point]:
+    """All points of a sweep, in the order of its axes, seeds last.
+
+    Args:
+        folder: of the sweep's points.
+
+    Raises:
+        ConfigurationError: a point that cannot work, by its name; an empty grid; two points that differ in nothing.
+    """
+    base = _base_values(sweep)
+    points = []
+    for arms in itertools.product(*(axis.arms for axis in axes_of(sweep))):
+        labels = {axis.name: arm.label for axis, arm in zip(axes_of(sweep), arms, strict=True)}
+        if any(all(labels[name] == label for name, label in entry.items()) for entry in sweep.exclude):
+            continue
+        name = "-".join(labels.values()) or "point"
+        try:
+            point = _point(sweep, base, name, labels, arms)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{sweep.file}: point {name}: {error}") from error
+        for seed in sweep.seeds:
+            config = copy.deepcopy(point.config)
+            config.run.seed = seed
+            config.run.name = f"{name}-seed{seed}"
+            config.run.folder = str(folder / config.run.name)
+            points.append(replace(point, name=config.run.name, seed=seed, config=config))
+    if not points:
+        raise ConfigurationError(f"{sweep.file}: has no points: exclude leaves none: leave less out")
+    _check_distinct(sweep, points)
+    return points
+
+
+def _point(sweep: Sweep, base: dict[str, Any], name: str, labels: dict[str, str], arms: tuple[Arm, ...]) -> Point:
+    values = copy.deepcopy(base)
+    launch: dict[str, Any] = dict(vars(sweep.launch))
+    axis_values: dict[str, Any] = {}
+    budget = None
+    for axis, arm in zip(axes_of(sweep), arms, strict=True):
+        for option, value in arm.options.items():
+            _set_option(values, option, value)
+        launch |= arm.launch
+        axis_values[axis.name] = arm.value
+        budget = arm.value if axis.name == "budget" else budget
+    values["run"]["name"] = name
+    shape = resolve(from_dict(copy.deepcopy(values)))
+    known = vocabulary_of(shape)
+    vocabulary = known or ASSUMED_VOCABULARY
+    measures = _measures(shape, vocabulary)
+    _measure_length(measures, shape)
+    rules = dict(sweep.rules)
+    if budget is not None:
+        rules["run.tokens"] = {"rule": "per_flops", "flops": budget}
+    by_rule: dict[str, Any] = {}
+    for option in sorted(rules, key=lambda one: (ORDER.index(one) if one in ORDER else len(ORDER), one)):
+        where = f"rules.{option}: "
+        arguments = arguments_for(rules[option], labels, axis_values)
+        size = Size(measures, labels)
+        value: Any = apply_rule(option, arguments, size, where)
+        for axis, arm in zip(axes_of(sweep), arms, strict=True):
+            if arm.factor is not None and axis.option == option:
+                value = apply_rule(option, {"rule": "constant", "value": value * arm.factor}, size, where)
+                axis_values[axis.name] = value
+        by_rule[option] = value
+        _set_option(values, option, value)
+        _measure_length(measures, resolve(from_dict(copy.deepcopy(values))))
+    config = resolve(from_dict(values))
+    validate(config, launch["processes"])
+    tuned = tuple(axis.name for axis in sweep.axes if axis.is_tuned)
+    return Point(name, labels, axis_values, 0, config, Launch(**launch), vocabulary, by_rule, tuned)
+
+
+def _check_distinct(sweep: Sweep, points: list[Point]) -> None:
+    seen: dict[str, str] = {}
+    for point in points:
+        # The data's place stands for its content here.
+        identity = [point.config.data.paths, point.config.data.corpus, sorted(point.config.validation.paths.items())]
+        key = content_hash(point.config, identity)
+        if key in seen:
+            raise ConfigurationError(
+                f"{sweep.file}: points {seen[key]} and {point.name} differ in nothing: their axes set options that change no "
+                "run; leave one out (exclude), or change the axis"
+            )
+        seen[key] = point.name
+
+
+def differing_options(a: Config, b: Config) -> list[str]:
+    """Options in which two points differ, but for those that change no numbers."""
+    first, second = as_dict(a), as_dict(b)
+    found = []
+    for section, values in first.items():
+        if not isinstance(values, dict):
+            found += [section] if values != second[section] else []
+            continue
+        skipped = {"run": ("name", "folder", "seed")}.get(section, ())
+        found += [f"{section}.{key}" for key in values if key not in skipped and values[key] != second[section][key]]
+    return found
+
+
+def short(value: Any) -> str:
+    """A value for a table."""
+    return label_of(value) if isinstance(value, float | bool) else str(value)

@@ -1,0 +1,288 @@
+"""Runs a sweep's points on this machine, several at a time.
+
+Each point is one or more processes forked from a server that has made a run's imports, so that a point of seconds does not
+pay for them, and one that crashes takes nothing with it. The server and the points end with the runner: a later call
+resumes what was stopped, and skips what is finished.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from megagamma.environment import cores_of_this_process, visible_gpus
+from megagamma.errors import ConfigurationError
+from megagamma.forked import launch
+from megagamma.reading import read_text
+from megagamma.reporting.log import duration
+from megagamma.runs.folder import RunFolder
+from megagamma.scaling.collect import first_set
+from megagamma.scaling.folder import KINDS, PointState, SweepFolder, is_running, note_end, note_start, read_state
+from megagamma.scaling.spec import StopLost
+
+_POLL_SECONDS = 0.2
+_LOOK_SECONDS = 2.0
+_LOCK_SECONDS = 150.0  # a lock is void after 120
+EXIT_STOPPED = 75
+
+
+@dataclass
+class _Running:
+    state: PointState
+    processes: list[BaseProcess]
+    gpus: list[str]
+    began: float
+    is_behind: bool = False
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What points share on this machine."""
+
+    at_once: int
+    threads: int
+    """Of one point."""
+    gpus: tuple[str, ...]
+
+
+def divide(at_once: int | None, processes: int) -> Resources:
+    """Share cores and GPUs between points.
+
+    Args:
+        at_once: points at a time; None: as many as there are GPUs for, or one per core and four at most.
+        processes: of the largest point.
+
+    Raises:
+        ConfigurationError: `at_once` is below 1, or needs more GPUs than there are.
+    """
+    cores, gpus = cores_of_this_process(), visible_gpus()
+    if at_once is None:
+        at_once = max(1, len(gpus) // processes) if gpus else max(1, min(4, cores // processes))
+    if at_once < 1:
+        raise ConfigurationError(f"--at_once {at_once} must be at least 1")
+    if gpus and at_once * processes > len(gpus):
+        raise ConfigurationError(
+            f"--at_once {at_once}: points of {processes} processes need {at_once * processes} GPUs, and there are "
+            f"{len(gpus)}: use {max(1, len(gpus) // processes)} or less"
+        )
+    return Resources(at_once, max(1, cores // (at_once * processes)), tuple(gpus))
+
+
+class Runner:
+    """Runs the points of a sweep that are not finished."""
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        states: list[PointState],
+        resources: Resources,
+        retries: int,
+        stop_lost: StopLost | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """
+        Args:
+            folder: of the sweep, locked and claimed.
+            states: all points; those that are final are left alone.
+            retries: of a point that fails.
+            stop_lost: when points of a tuned axis are ended early.
+            say: prints a line.
+        """
+        self.folder, self.states, self.resources, self.retries = folder, states, resources, retries
+        self.stop_lost, self.say = stop_lost, say
+        todo = [state for state in states if not state.is_final]
+        # The longest first: the others fill the gaps at the end.
+        self.todo = collections.deque(sorted(todo, key=lambda state: -state.point.flops))
+        self.running: list[_Running] = []
+        self.free_gpus = list(resources.gpus)
+        self.signal: str | None = None
+        self._began, self._looked = time.monotonic(), 0.0
+        self._flops_before = sum(_flops_done(state) for state in states)
+
+    def run(self) -> int:
+        """Run until no point is left; returns 0, 1 when points were given up, or 75 after a signal."""
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.todo or self.running:
+                while self.todo and len(self.running) < self.resources.at_once and self.signal is None:
+                    self._start(self.todo.popleft())
+                if self.signal is not None and not self.running:
+                    break
+                sentinels = [process.sentinel for one in self.running for process in one.processes]
+                connection.wait(sentinels, timeout=_POLL_SECONDS)
+                for one in list(self.running):
+                    if all(process.exitcode is not None for process in one.processes):
+                        self._finish(one)
+                self._look()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for one in self.running:
+                for process in one.processes:
+                    process.kill()
+        if self.signal is not None:
+            self.say(f"stopped by {self.signal}; points are saved: the same command resumes")
+            return EXIT_STOPPED
+        return 1 if any(state.status == "given up" for state in self.states) else 0
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        """Ask the points to save and leave; at a second signal, end them."""
+        hurry = self.signal is not None
+        self.signal = signal.Signals(number).name
+        for one in self.running:
+            for process in one.processes:
+                process.kill() if hurry else process.terminate()
+
+    # -- one point -----------------------------------------------------------------------------------------------
+
+    def _start(self, state: PointState) -> None:
+        point = state.point
+        waited = time.monotonic()
+        if is_running(state.folder):
+            self.say(f"{point.name}: still in use by a run that is ending: waiting")
+        while is_running(state.folder) and time.monotonic() - waited < _LOCK_SECONDS and self.signal is None:
+            time.sleep(_POLL_SECONDS)
+        # What that run did in the meantime counts.
+        fresh = read_state(point, state.hash, state.folder, self.retries)
+        vars(state).update({**vars(fresh), "code": state.code})
+        if state.is_final or self.signal is not None:
+            return
+        size = point.launch.processes
+        gpus = [self.free_gpus.pop(0) for _ in range(size)] if self.resources.gpus else []
+        note_start(state)
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        arguments = [f"--config={(state.folder / 'point.yaml').absolute()}", "--checkpoint.on_damage=previous"]
+        if not point.config.run.threads:
+            arguments.append(f"--run.threads={self.resources.threads}")
+        log = (self.folder.logs / f"{point.name}.log").absolute()
+        processes = launch(size, arguments, log, Path.cwd(), environment=environment)
+        state.status = "running"
+        self.running.append(_Running(state, processes, gpus, time.monotonic()))
+        resumed = f", from step {state.step}" if state.step and RunFolder(state.folder).steps() else ""
+        self.say(f"{point.name}: started{resumed}{f', attempt {state.attempts}' if state.attempts > 1 else ''}")
+
+    def _finish(self, one: _Running) -> None:
+        self.running.remove(one)
+        self.free_gpus = sorted([*self.free_gpus, *one.gpus])
+        state, seconds = one.state, time.monotonic() - one.began
+        codes = [process.exitcode for process in one.processes]
+        # A rank that met the others' end has a code of its own: the first cause is the one that is not 70 or 2 of peers.
+        code = next((c for c in codes if c and c < 0), None) or max(codes, key=lambda c: c in (3, 75) or 0)
+        code = 0 if all(c == 0 for c in codes) else code or next(c for c in codes if c)
+        kind = "behind" if one.is_behind and code in (0, 75) else KINDS.get(code or 0, "failed")
+        problem = "" if kind in ("done", "behind", "stopped") else self._last_error(state, code)
+        note_end(state, kind, code, seconds, problem)
+        fresh = read_state(state.point, state.hash, state.folder, self.retries)
+        vars(state).update({**vars(fresh), "code": state.code})
+        if code == 2 and state.status == "failed":
+            state.status = "given up"  # the config, the data or the machine: another attempt would end the same way
+        if kind == "done" and state.status != "done":
+            kind, state.status = "failed", "failed"
+        self.say(f"{state.point.name}: {self._describe(state, kind, seconds)}; {self._progress()}")
+        if not state.is_final and self.signal is None:
+            self.todo.append(state)
+
+    def _describe(self, state: PointState, kind: str, seconds: float) -> str:
+        where = f"at step {state.step} of {state.point.steps}"
+        if kind == "done":
+            name = first_set(state.metrics)
+            loss = next((line[name] for line in reversed(state.metrics) if line.get(name) is not None), None)
+            result = f"validation loss {loss:.4f}, " if loss is not None else ""
+            return f"done, {result}{duration(seconds)} ({max(0.0, seconds - state.training_seconds):.1f} s outside of steps)"
+        if kind == "diverged":
+            return f"diverged {where}, which is its result: {state.problem}"
+        if kind == "behind":
+            return f"ended {where}: its loss is behind the best of its group"
+        if kind == "stopped":
+            return f"stopped {where}"
+        again = "given up" if state.status == "given up" else f"will be tried again ({state.failures} of {self.retries})"
+        return f"failed {where}, {again}: {state.problem}"
+
+    def _last_error(self, state: PointState, code: int | None) -> str:
+        """The last error that a point printed, or what its exit code says."""
+        with contextlib.suppress(OSError, ValueError):
+            lines = read_text(self.folder.logs / f"{state.point.name}.log", 1 << 26).splitlines()
+            error = next((line for line in reversed(lines) if line.startswith("error:")), "")
+            if error and code is not None and code > 0:
+                return error.removeprefix("error:").strip()[:400]
+        if code is not None and code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        return f"exit code {code}"
+
+    # -- all points ----------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Now and then: the progress, and which running points are behind."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        for one in self.running:
+            one.state.metrics = RunFolder(one.state.folder).metrics().read()
+            one.state.step = int(one.state.metrics[-1]["step"]) if one.state.metrics else 0
+        if self.stop_lost is not None:
+            for one in self.running:
+                if not one.is_behind and is_lost(one.state, self.states, self.stop_lost):
+                    one.is_behind = True
+                    for process in one.processes:
+                        process.terminate()
+        if sys.stdout.isatty():
+            print(f"\r{self._progress()[: os.get_terminal_size().columns - 1]:<60}", end="", flush=True)
+
+    def _progress(self) -> str:
+        """How much of the sweep is done, and how long the rest takes at this pace."""
+        final = sum(state.is_final for state in self.states)
+        total = sum(state.point.flops for state in self.states)
+        done = sum(_flops_done(state) for state in self.states)
+        seconds = time.monotonic() - self._began
+        rate = (done - self._flops_before) / seconds if seconds > 0 else 0.0
+        eta = duration((total - done) / rate) if rate > 0 else "?"
+        return f"{final} of {len(self.states)} points, {done / total:.0%} of the FLOPs, eta {eta}"
+
+    def overhead(self) -> str:
+        """What the points spent outside of their steps, as a line; empty when none was run."""
+        spent = [s.seconds - s.training_seconds for s in self.states if s.status == "done" and s.seconds > 0]
+        if not spent:
+            return ""
+        return (
+            f"outside of training steps (start, data, validation, saving): median {statistics.median(spent):.1f} s a point, "
+            f"{sum(spent):.0f} s in all"
+        )
+
+
+def _flops_done(state: PointState) -> float:
+    if state.is_final:
+        return state.point.flops
+    return state.point.flops * min(1.0, state.step / state.point.steps)
+
+
+def is_lost(state: PointState, states: list[PointState], rule: StopLost) -> bool:
+    """Whether a point of a tuned axis is behind the best of its group by the rule's margin, at its own last validation.
+
+    The group: points that differ from it in tuned axes only. The best one's loss is taken at the same step, so that a point
+    that has come further has no advantage.
+    """
+    name = first_set(state.metrics)
+    measured = [line for line in state.metrics if line.get(name) is not None]
+    if not measured or state.step < rule.after * state.point.steps:
+        return False
+    here = measured[-1]
+    others = [
+        line[name]
+        for other in states
+        if other is not state and other.point.tuning_group == state.point.tuning_group
+        for line in other.metrics
+        if line["step"] == here["step"] and line.get(name) is not None
+    ]
+    return bool(others) and bool(here[name] > min(others) + rule.margin)
