@@ -21,7 +21,13 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 # Variables of other launchers, which would say who the process is.
-_LAUNCHERS = ("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
+_LAUNCHERS = (
+    "SLURM_STEP_ID",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RESTART_COUNT",
+)
 
 
 def free_port() -> int:
@@ -34,7 +40,9 @@ def free_port() -> int:
 def context() -> ForkServerContext:
     """A context whose server has a run's imports done; nothing in them starts a thread."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["megagamma.preloaded", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"])
+    found.set_forkserver_preload(
+        ["megagamma.preloaded", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"]
+    )
     return found
 
 

@@ -12,7 +12,7 @@ from megagamma.data.preparation.manifest import read_manifest
 from megagamma.environment import is_first_of_node
 from megagamma.errors import DataError, MegagammaError
 from megagamma.files import advice
-from megagamma.runs.folder import check_resume
+from megagamma.runs.folder import check_resume, checkpoint_folders
 
 
 def check_early(config: Config, size: int) -> None:
@@ -35,6 +35,8 @@ def check_early(config: Config, size: int) -> None:
             raise DataError(
                 f"tokenizer.path={config.tokenizer.path}: there is no such file: give a SentencePiece .model"
             )
+        if config.run.branch_from:
+            checkpoint_folders(Path(config.run.branch_from))
     except MegagammaError as error:
         error.on_one_rank = is_first_of_node()
         raise

@@ -129,6 +129,21 @@ def newest_valid(runtime: Runtime, root: Path, go_back: bool, before: int | None
     return None
 
 
+def require_valid(runtime: Runtime, folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are what was written; all ranks call it and share the checking.
+
+    Raises:
+        CheckpointError: it is missing or corrupt, on every rank.
+    """
+
+    def check() -> dict[str, Any]:
+        manifest = read_manifest(folder)
+        verify_all(folder, manifest, share=(runtime.rank, runtime.size))
+        return manifest
+
+    return runtime.run_on_all_ranks(check)
+
+
 def set_aside(runtime: Runtime, folder: Path, why: str) -> Path:
     """Give a checkpoint a name that is none of a checkpoint, so that no resume takes it and no pruning counts or deletes it.
 

@@ -19,12 +19,14 @@ import json
 import os
 import shutil
 import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megagamma.environment import visible_gpus
 from megagamma.errors import ConfigurationError, DataError
-from megagamma.files import write_json
 from megagamma.reporting.log import duration
 from megagamma.reporting.tables import aligned_table
 from megagamma.runs.lock import read_lock
@@ -57,10 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
         action.add_argument("--budget", type=float, nargs="+", metavar="FLOPS", help="FLOPs per point; tokens follow")
         action.add_argument("--json", action="store_true", help="print JSON in place of text")
         if name in ("plan", "submit"):
-            action.add_argument("--device", default="", help="GPU to plan for, such as H100, or cpu (default: what is here)")
-            action.add_argument("--mfu", type=float, help="share of the device's peak to plan with (default: measured, or 0.4)")
+            action.add_argument(
+                "--device", default="", help="GPU to plan for, such as H100, or cpu (default: what is here)"
+            )
+            action.add_argument(
+                "--mfu", type=float, help="share of the device's peak to plan with (default: measured, or 0.4)"
+            )
         if name in ("run", "submit"):
-            action.add_argument("--strict_code", action="store_true", help="redo points that another version of the code finished")
+            action.add_argument(
+                "--strict_code", action="store_true", help="redo points that another version of the code finished"
+            )
         if name == "run":
             action.add_argument("--at_once", type=int, help="points at a time (default: by GPUs or cores)")
         if name == "submit":
@@ -136,7 +144,19 @@ def print_plan(values: dict[str, Any]) -> None:
         )
         for row in rows
     ]  # fmt: skip
-    titles = ("point", "seeds", "parameters", "non-emb.", "tokens", "/param", "FLOPs", "lr", "ranks", "GiB/rank", "time")
+    titles = (
+        "point",
+        "seeds",
+        "parameters",
+        "non-emb.",
+        "tokens",
+        "/param",
+        "FLOPs",
+        "lr",
+        "ranks",
+        "GiB/rank",
+        "time",
+    )
     print(f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished")
     print(aligned_table(titles, _widths(titles, cells), cells))
     total = values["total"]
@@ -153,7 +173,7 @@ def print_plan(values: dict[str, Any]) -> None:
         print(f"WARNING {line}")
 
 
-def _widths(titles: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[int]:
+def _widths(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
     return [max(len(cell[i]) for cell in [titles, *cells]) + (2 if i else 0) for i in range(len(titles))]
 
 
@@ -162,36 +182,40 @@ def run(args: argparse.Namespace) -> int:
     sweep, folder, points = _load(args)
     from megagamma.scaling.runner import Runner, divide
 
-    resources = divide(args.at_once, max(point.launch.processes for point in points))
+    on_gpus = bool(visible_gpus()) and any(point.config.run.device != "cpu" for point in points)
+    if not on_gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by DeepSpeed on its import, in the server
+    resources = divide(args.at_once, max(point.launch.processes for point in points), on_gpus)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.lock():
         folder.claim(sweep)
         prepare_data(points)
         points = expand(sweep, folder.points)  # again, now that vocabularies are known
         states = folder.states(points, sweep.retries)
-        begin(folder, states, args.strict_code)
-        speed = speed_of(states, "cpu" if not visible_gpus() else "H100", None, bool(visible_gpus()))
-        write_json(folder.plan_file, make_plan(sweep, points, states, speed, False))
-        print(
+        begin(folder, states, args.strict_code, say)
+        say(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
-            f"{resources.at_once} at a time, {resources.threads} threads each",
-            flush=True,
+            f"{resources.at_once} at a time, {resources.threads} threads each"
         )
-        runner = Runner(folder, states, resources, sweep.retries, sweep.stop_lost, lambda text: print(text, flush=True))
+        runner = Runner(folder, states, resources, sweep.retries, sweep.stop_lost, say)
         code = runner.run()
         if overhead := runner.overhead():
-            print(overhead)
+            say(overhead)
         _write_results(sweep, folder, states, args.json)
     return code
 
 
-def begin(folder: SweepFolder, states: list[PointState], strict_code: bool) -> None:
+def begin(folder: SweepFolder, states: list[PointState], strict_code: bool, say: Callable[[str], None]) -> None:
     """Report what another version of the code finished, set it aside where asked, and register what will run."""
     code = code_hash()
     others = [state for state in states if state.status in ("done", "behind", "diverged") and state.code != code]
     if others:
         what = "they are run again (--strict_code)" if strict_code else "they are kept; --strict_code runs them again"
-        print(f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}")
+        say(f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}")
     for state in others if strict_code else ():
         folder.set_aside(state)
     for state in states:
@@ -310,8 +334,6 @@ def cancel(args: argparse.Namespace) -> int:
     jobs = cancel_jobs(folder)
     holder = read_lock(folder.path)
     if holder is not None and not holder.is_stale():
-        import socket
-
         if holder.host != socket.gethostname():
             raise ConfigurationError(f"{folder.path}: is run by {holder}: cancel it on that host")
         os.kill(holder.pid, signal.SIGTERM)

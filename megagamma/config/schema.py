@@ -46,6 +46,10 @@ class RunConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: resume from the newest complete checkpoint of the folder, else start; never: refuse a folder that
     holds a run; must: fail when there is no checkpoint."""
+    branch_from: str = ""
+    """A checkpoint, or a run (its newest), whose weights, Adam state, step and place in the data a new run starts from, such
+    as the trunk of schedule.shape wsd from which every token budget branches. run.steps and run.tokens count from the
+    trunk's first step. Once the run has a checkpoint of its own it resumes from that."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model. auto: cuda when there is one, else cpu."""
     threads: int = option(0, minimum=0, limit=10**5)

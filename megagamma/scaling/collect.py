@@ -50,13 +50,19 @@ def best_values(sweep: Sweep, states: list[PointState]) -> tuple[dict[str, str],
             if all(loss is not None for loss in losses):
                 means[name] = statistics.fmean(losses)  # type: ignore[arg-type]
         if not means:
-            warnings.append(f"{group}: no value of {', '.join(a.name for a in tuned)} has finished points of every seed")
+            warnings.append(
+                f"{group}: no value of {', '.join(a.name for a in tuned)} has finished points of every seed"
+            )
             continue
         best[group] = min(means, key=lambda name: means[name])
         member = candidates[best[group]][0].point
         for axis in tuned:
             # Of the values that are there for this group: others may be excluded.
-            there = [arm.label for arm in axis.arms if any(s[0].point.labels[axis.name] == arm.label for s in candidates.values())]
+            there = [
+                arm.label
+                for arm in axis.arms
+                if any(s[0].point.labels[axis.name] == arm.label for s in candidates.values())
+            ]
             edge = len(there) > 1 and member.labels[axis.name] in (there[0], there[-1])
             if edge or len(there) == 1:
                 side = "lower" if member.labels[axis.name] == there[0] else "upper"

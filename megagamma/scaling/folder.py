@@ -1,14 +1,14 @@
 """The folder of a sweep, `runs/sweeps/NAME`. The one place that knows its file names, and what they say of each point.
 
-    sweep.json      name and axes: what belongs in this folder
-    sweep.yaml      the sweep's file as it was last used
-    plan.json       its plan
-    points/NAME/    the runs; each with point.json, what the point is, and attempts.jsonl, how often it was started
-    log/NAME.log    what the runs printed
-    table.csv, table.parquet    every validation of every point
-    code/           snapshots of the code that queued jobs run
-    slurm/          scripts and numbers of the jobs
-    .lock           who runs or submits the sweep now
+sweep.json      name and axes: what belongs in this folder
+sweep.yaml      the sweep's file as it was last used
+plan.json       its plan
+points/NAME/    the runs; each with point.json, what the point is, and attempts.jsonl, how often it was started
+log/NAME.log    what the runs printed
+table.csv, table.parquet    every validation of every point
+code/           snapshots of the code that queued jobs run
+slurm/          scripts and numbers of the jobs
+.lock           who runs or submits the sweep now
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from megagamma.owned import require_place
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import RunLock, read_lock
 from megagamma.runs.provenance import source_commit
-from megagamma.scaling.points import Point, axes_of, content_hash, data_identity
+from megagamma.scaling.points import Point, axes_of, content_hash, data_identity, data_places
 from megagamma.scaling.spec import Sweep
 
 # How an attempt ended, by the run's exit code (`megagamma.cli`).
-KINDS = {0: "done", 3: "diverged", 75: "stopped"}
+KINDS = {0: "done", 2: "refused", 3: "diverged", 75: "stopped"}
+FAILURES = ("failed", "hung", "lost", "refused")
 FINAL = ("done", "diverged", "behind")
 """States of a point that is not started again."""
 
@@ -82,7 +83,6 @@ class SweepFolder:
         self.path = Path(path)
         self.identity_file = self.path / "sweep.json"
         self.sweep_file = self.path / "sweep.yaml"
-        self.plan_file = self.path / "plan.json"
         self.points = self.path / "points"
         self.logs = self.path / "log"
         self.csv_file = self.path / "table.csv"
@@ -143,8 +143,7 @@ class SweepFolder:
         identities: dict[str, list[Any]] = {}
         states = []
         for point in points:
-            key = repr((point.config.data.paths, point.config.data.corpus, point.config.data.cache,
-                        point.config.tokenizer.vocab_size, point.config.validation.paths))  # fmt: skip
+            key = data_places(point.config)
             if key not in identities:
                 identities[key] = data_identity(point.config)
             digest = content_hash(point.config, identities[key])
@@ -222,7 +221,7 @@ def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointSt
         elif event == "end":
             open_attempt, last = False, str(line.get("kind", ""))
             state.seconds += float(line.get("seconds") or 0)
-            if last == "failed":
+            if last in FAILURES:
                 state.failures += 1
                 state.problem = str(line.get("problem", ""))
         elif event == "retry":
@@ -233,8 +232,9 @@ def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointSt
         state.status = "running"
     elif last in ("diverged", "behind") and not open_attempt:
         state.status = last
-    elif last == "failed" and not open_attempt:
-        state.status = "given up" if state.failures > retries else "failed"
+    elif last in FAILURES and not open_attempt:
+        # What was refused (config, data, machine) would be refused again.
+        state.status = "given up" if state.failures > retries or last == "refused" else "failed"
     elif state.attempts:
         state.status = "stopped"
     return state

@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megagamma.errors import ConfigurationError
-from megagamma.planning.flops import KNOWN_DEVICES, known_peak_flops, measure_matmul_peak, parameter_counts, tokens_for_budget
+from megagamma.planning.flops import (
+    KNOWN_DEVICES,
+    known_peak_flops,
+    measure_matmul_peak,
+    parameter_counts,
+    tokens_for_budget,
+)
 from megagamma.planning.memory import check_fits
 from megagamma.planning.memory import plan as plan_memory
 from megagamma.scaling.folder import PointState
@@ -70,7 +76,9 @@ def speed_of(states: list[PointState], device: str, mfu: float | None, is_gpu_he
     share = mfu or CPU_UTILIZATION
     kind = "stated" if mfu else "assumed"
     return Speed(
-        peak * share, f"{share:.0%} ({kind}) of this machine's {peak / 1e9:,.0f} GFLOP/s, measured in fp32 products", "cpu"
+        peak * share,
+        f"{share:.0%} ({kind}) of this machine's {peak / 1e9:,.0f} GFLOP/s, measured in fp32 products",
+        "cpu",
     )
 
 
@@ -176,13 +184,15 @@ def budget_warnings(sweep: Sweep, points: list[Point]) -> list[str]:
         if smaller < 2 or larger < 2:
             side = "smaller" if smaller < 2 else "larger"
             warnings.append(
-                f"budget {budget:g} FLOPs: only {min(smaller, larger)} of {len(ratios)} sizes {'is' if min(smaller, larger) == 1 else 'are'} "
-                f"{side} than the expected optimum (20 tokens per parameter): it would lie at an edge: add {side} sizes"
+                f"budget {budget:g} FLOPs: {min(smaller, larger)} of {len(ratios)} sizes {side} than the expected optimum (20 "
+                f"tokens per parameter), where 2 are needed: it would lie at an edge: add {side} sizes"
             )
     return warnings
 
 
-def make_plan(sweep: Sweep, points: list[Point], states: list[PointState], speed: Speed, assumed: bool) -> dict[str, Any]:
+def make_plan(
+    sweep: Sweep, points: list[Point], states: list[PointState], speed: Speed, assumed: bool
+) -> dict[str, Any]:
     """The whole plan as plain values.
 
     Args:
@@ -202,7 +212,9 @@ def make_plan(sweep: Sweep, points: list[Point], states: list[PointState], speed
     lines, warnings = comparison_lines(sweep, points)
     warnings += budget_warnings(sweep, points)
     if assumed:
-        warnings.append("the data is not there to be read: a vocabulary of 32,000 is assumed: prepare it, or set model.vocab_size")
+        warnings.append(
+            "the data is not there to be read: a vocabulary of 32,000 is assumed: prepare it, or set model.vocab_size"
+        )
     if len(sweep.seeds) < 3:
         warnings.append(f"{len(sweep.seeds)} seeds: differences will have wide intervals: use 3 or more for a finding")
     total = {

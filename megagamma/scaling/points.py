@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from megagamma.config.schema import ROLES, Config
 from megagamma.data.preparation.manifest import read_manifest
 from megagamma.data.preparation.prepare import embedded_settings
 from megagamma.data.schedule import total_steps
-from megagamma.errors import ConfigurationError, DataError
+from megagamma.errors import ConfigurationError, DataError, MegagammaError
+from megagamma.files import read_json
+from megagamma.owned import file_digest
 from megagamma.planning.flops import flops_per_token, parameter_counts
+from megagamma.runs.folder import checkpoint_folders
 from megagamma.scaling.rules import ORDER, Size, apply_rule, arguments_for
 from megagamma.scaling.spec import Arm, Axis, Launch, Sweep, label_of
 
@@ -26,7 +30,7 @@ ASSUMED_VOCABULARY = 32000
 
 # What changes neither the numbers of a run nor the files that others read.
 _IRRELEVANT = {
-    "run": ("name", "folder", "resume", "threads", "timeout_minutes", "start_minutes"),
+    "run": ("name", "folder", "branch_from", "resume", "threads", "timeout_minutes", "start_minutes"),
     "data": ("paths", "corpus", "cache", "verify"),
     "validation": ("paths",),
     "checkpoint": ("asynchronous", "on_damage"),
@@ -89,9 +93,19 @@ class Point:
         return self.steps * self.config.data.global_batch_size * self.config.data.sequence_length
 
     @property
+    def first_step(self) -> int:
+        """Step that it starts at: 0, or that of the checkpoint it branches from, if that is there."""
+        try:
+            trunk = checkpoint_folders(Path(self.config.run.branch_from or os.devnull))[-1]
+            return int(read_json(trunk / "checkpoint.json")["step"])
+        except (MegagammaError, KeyError):
+            return 0
+
+    @property
     def flops(self) -> float:
-        """Of the whole run, head and attention included. Unit: FLOPs."""
-        return flops_per_token(self.sized.model, self.config.data.sequence_length) * self.tokens
+        """Of its own steps, head and attention included. Unit: FLOPs."""
+        share = 1 - min(self.first_step, self.steps) / self.steps
+        return flops_per_token(self.sized.model, self.config.data.sequence_length) * self.tokens * share
 
 
 def vocabulary_of(config: Config) -> int | None:
@@ -117,6 +131,13 @@ def embedded_folder(config: Config) -> str:
     return str(settings.output)
 
 
+def data_places(config: Config) -> str:
+    """Where the data of a config lies: points of one place have one `data_identity`."""
+    data, tokenizer = config.data, config.tokenizer.vocab_size
+    validation = sorted(config.validation.paths.items())
+    return json.dumps([data.paths, data.corpus, data.cache, tokenizer, validation, config.run.branch_from])
+
+
 def data_identity(config: Config) -> list[Any]:
     """What the data of a config is, wherever it lies: checksums of token files and tokenizers, training data first.
 
@@ -130,6 +151,9 @@ def data_identity(config: Config) -> list[Any]:
         manifests = [read_manifest(path) for path in paths]
         files = [{key: entry["sha256"] for key, entry in sorted(m["files"].items())} for m in manifests]
         identity.append([name, files, [m["tokenizer"]["fingerprint"] for m in manifests]])
+    if config.run.branch_from:
+        trunk = checkpoint_folders(Path(config.run.branch_from))[-1]
+        identity.append(["branch", file_digest(trunk / "checkpoint.json", "sha256")])
     return identity
 
 
@@ -261,13 +285,13 @@ def _point(sweep: Sweep, base: dict[str, Any], name: str, labels: dict[str, str]
         where = f"rules.{option}: "
         arguments = arguments_for(rules[option], labels, axis_values)
         size = Size(measures, labels)
-        value: Any = apply_rule(option, arguments, size, where)
+        result: Any = apply_rule(option, arguments, size, where)
         for axis, arm in zip(axes_of(sweep), arms, strict=True):
             if arm.factor is not None and axis.option == option:
-                value = apply_rule(option, {"rule": "constant", "value": value * arm.factor}, size, where)
-                axis_values[axis.name] = value
-        by_rule[option] = value
-        _set_option(values, option, value)
+                result = apply_rule(option, {"rule": "constant", "value": result * arm.factor}, size, where)
+                axis_values[axis.name] = result
+        by_rule[option] = result
+        _set_option(values, option, result)
         _measure_length(measures, resolve(from_dict(copy.deepcopy(values))))
     config = resolve(from_dict(values))
     validate(config, launch["processes"])
@@ -279,7 +303,7 @@ def _check_distinct(sweep: Sweep, points: list[Point]) -> None:
     seen: dict[str, str] = {}
     for point in points:
         # The data's place stands for its content here.
-        identity = [point.config.data.paths, point.config.data.corpus, sorted(point.config.validation.paths.items())]
+        identity = [data_places(point.config)]
         key = content_hash(point.config, identity)
         if key in seen:
             raise ConfigurationError(

@@ -43,7 +43,7 @@ class Size:
         return self.measures[name]
 
 
-def constant(size: Size, where: str, *, value: float) -> float:
+def constant(size: Size, where: str, *, value: float) -> float:  # noqa: ARG001 - the form of every rule
     """value"""
     return value
 
@@ -68,7 +68,9 @@ def table(size: Size, where: str, *, of: str, values: dict[str, float]) -> float
     label = size.labels.get(of)
     known = {str(key): value for key, value in values.items()}
     if label not in known:
-        raise ConfigurationError(f"{where}values have none for {of}={label}: give one, or take the axis from {size.labels}")
+        raise ConfigurationError(
+            f"{where}values have none for {of}={label}: give one, or take the axis from {size.labels}"
+        )
     return known[label]
 
 
@@ -107,7 +109,9 @@ def check_rule(rule: Any, where: str) -> None:
     allowed, required = _arguments(RULES[name])
     for key in rule:
         if key not in (*allowed, *_COMMON):
-            raise ConfigurationError(f"{where}{key} is no argument of {name}: use {', '.join((*allowed, *_COMMON[1:]))}")
+            raise ConfigurationError(
+                f"{where}{key} is no argument of {name}: use {', '.join((*allowed, *_COMMON[1:]))}"
+            )
     for key in required:
         if key not in rule:
             raise ConfigurationError(f"{where}{name} needs {', '.join(required)}; {key} is missing")
@@ -123,7 +127,9 @@ def check_rule(rule: Any, where: str) -> None:
     for axis, changes in (rule.get("arms") or {}).items():
         for label, change in changes.items() if isinstance(changes, dict) else [("", None)]:
             if not isinstance(change, dict) or set(change) - {*allowed, *_COMMON[1:4]}:
-                raise ConfigurationError(f"{where}arms.{axis}.{label}: must have arguments of {name}: {', '.join(allowed)}")
+                raise ConfigurationError(
+                    f"{where}arms.{axis}.{label}: must have arguments of {name}: {', '.join(allowed)}"
+                )
 
 
 def _is_number(value: Any) -> bool:

@@ -56,17 +56,18 @@ class Resources:
     gpus: tuple[str, ...]
 
 
-def divide(at_once: int | None, processes: int) -> Resources:
+def divide(at_once: int | None, processes: int, on_gpus: bool) -> Resources:
     """Share cores and GPUs between points.
 
     Args:
         at_once: points at a time; None: as many as there are GPUs for, or one per core and four at most.
         processes: of the largest point.
+        on_gpus: whether points use GPUs.
 
     Raises:
         ConfigurationError: `at_once` is below 1, or needs more GPUs than there are.
     """
-    cores, gpus = cores_of_this_process(), visible_gpus()
+    cores, gpus = cores_of_this_process(), visible_gpus() if on_gpus else []
     if at_once is None:
         at_once = max(1, len(gpus) // processes) if gpus else max(1, min(4, cores // processes))
     if at_once < 1:
@@ -153,6 +154,9 @@ class Runner:
             self.say(f"{point.name}: still in use by a run that is ending: waiting")
         while is_running(state.folder) and time.monotonic() - waited < _LOCK_SECONDS and self.signal is None:
             time.sleep(_POLL_SECONDS)
+        if is_running(state.folder):
+            self.say(f"{point.name}: is run by another process: left to it")
+            return
         # What that run did in the meantime counts.
         fresh = read_state(point, state.hash, state.folder, self.retries)
         vars(state).update({**vars(fresh), "code": state.code})
@@ -176,17 +180,12 @@ class Runner:
         self.running.remove(one)
         self.free_gpus = sorted([*self.free_gpus, *one.gpus])
         state, seconds = one.state, time.monotonic() - one.began
-        codes = [process.exitcode for process in one.processes]
-        # A rank that met the others' end has a code of its own: the first cause is the one that is not 70 or 2 of peers.
-        code = next((c for c in codes if c and c < 0), None) or max(codes, key=lambda c: c in (3, 75) or 0)
-        code = 0 if all(c == 0 for c in codes) else code or next(c for c in codes if c)
-        kind = "behind" if one.is_behind and code in (0, 75) else KINDS.get(code or 0, "failed")
+        code = code_of_point([process.exitcode or 0 for process in one.processes])
+        kind = "behind" if one.is_behind and code == 75 else KINDS.get(code, "failed")
         problem = "" if kind in ("done", "behind", "stopped") else self._last_error(state, code)
         note_end(state, kind, code, seconds, problem)
         fresh = read_state(state.point, state.hash, state.folder, self.retries)
         vars(state).update({**vars(fresh), "code": state.code})
-        if code == 2 and state.status == "failed":
-            state.status = "given up"  # the config, the data or the machine: another attempt would end the same way
         if kind == "done" and state.status != "done":
             kind, state.status = "failed", "failed"
         self.say(f"{state.point.name}: {self._describe(state, kind, seconds)}; {self._progress()}")
@@ -206,17 +205,19 @@ class Runner:
             return f"ended {where}: its loss is behind the best of its group"
         if kind == "stopped":
             return f"stopped {where}"
-        again = "given up" if state.status == "given up" else f"will be tried again ({state.failures} of {self.retries})"
+        again = (
+            "given up" if state.status == "given up" else f"will be tried again ({state.failures} of {self.retries})"
+        )
         return f"failed {where}, {again}: {state.problem}"
 
-    def _last_error(self, state: PointState, code: int | None) -> str:
+    def _last_error(self, state: PointState, code: int) -> str:
         """The last error that a point printed, or what its exit code says."""
         with contextlib.suppress(OSError, ValueError):
             lines = read_text(self.folder.logs / f"{state.point.name}.log", 1 << 26).splitlines()
             error = next((line for line in reversed(lines) if line.startswith("error:")), "")
-            if error and code is not None and code > 0:
+            if error and code > 0:
                 return error.removeprefix("error:").strip()[:400]
-        if code is not None and code < 0:
+        if code < 0:
             return f"ended by {signal.Signals(-code).name}"
         return f"exit code {code}"
 
@@ -259,6 +260,16 @@ class Runner:
             f"outside of training steps (start, data, validation, saving): median {statistics.median(spent):.1f} s a point, "
             f"{sum(spent):.0f} s in all"
         )
+
+
+def code_of_point(codes: list[int]) -> int:
+    """Exit code of a point from those of its ranks; negative for a signal.
+
+    A rank that was killed leaves the others with codes of their own, since they lost it: its is the cause.
+    """
+    killed = [code for code in codes if code < 0]
+    others = [code for code in codes if code not in (0, 75)]
+    return killed[0] if killed else 3 if 3 in codes else others[0] if others else max(codes)
 
 
 def _flops_done(state: PointState) -> float:

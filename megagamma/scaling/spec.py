@@ -1,22 +1,22 @@
 """A sweep's YAML file: which runs a study is made of.
 
-    name: widths                              # its folder is runs/sweeps/NAME
-    config: [configs/demo.yaml]               # what every point starts from; later files win
-    set: {logging.wandb: disabled}            # options of every point
-    axes:
-      size:                                   # arms by name: options, or a config file
-        d64: {model.hidden_size: 64, launch: {processes: 1}}
-        d128: configs/model/1m.yaml
-      init.gamma: [0.5, 1.0]                  # values of one option
-      optimizer.lr: {factors: [0.5, 1, 2], tuned: true}   # multiples of its rule; the best one is what counts
-    seeds: [1, 2, 3]
-    rules: {optimizer.lr: {rule: power, of: hidden_size, at: 64, value: 0.004, exponent: -0.5}}
-    exclude: [{size: d128, init.gamma: 0.5}]
-    budgets: [1.0e+15]                        # FLOPs per point: tokens of each size follow
-    arms: [init.gamma]                        # axes whose values are compared (default: those that set no size)
-    launch: {processes: 2, nodes: 1, time: "02:00:00"}
-    retries: 2                                # of a point that fails
-    stop_lost: {after: 0.5, margin: 0.2}      # end a tuned point that is 0.2 nats behind the best of its group
+name: widths                              # its folder is runs/sweeps/NAME
+config: [configs/demo.yaml]               # what every point starts from; later files win
+set: {logging.wandb: disabled}            # options of every point
+axes:
+  size:                                   # arms by name: options, or a config file
+    d64: {model.hidden_size: 64, launch: {processes: 1}}
+    d128: configs/model/1m.yaml
+  init.gamma: [0.5, 1.0]                  # values of one option
+  optimizer.lr: {factors: [0.5, 1, 2], tuned: true}   # multiples of its rule; the best one is what counts
+seeds: [1, 2, 3]
+rules: {optimizer.lr: {rule: power, of: hidden_size, at: 64, value: 0.004, exponent: -0.5}}
+exclude: [{size: d128, init.gamma: 0.5}]
+budgets: [1.0e+15]                        # FLOPs per point: tokens of each size follow
+arms: [init.gamma]                        # axes whose values are compared (default: those that set no size)
+launch: {processes: 2, nodes: 1, time: "02:00:00"}
+retries: 2                                # of a point that fails
+stop_lost: {after: 0.5, margin: 0.2}      # end a tuned point that is 0.2 nats behind the best of its group
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def check_option(name: Any, where: str) -> str:
         ConfigurationError: there is none of that name, or the sweep gives it itself.
     """
     if name in _RESERVED:
-        raise ConfigurationError(f"{where}{name}: is given by the sweep itself (seeds: [...] sets the seeds): leave it out")
+        raise ConfigurationError(
+            f"{where}{name}: is given by the sweep itself (seeds: [...] sets the seeds): leave it out"
+        )
     names = option_names()
     section, _, key = str(name).partition(".")
     if name in names or (section in ("optimizer", "init") and f"{section}.{key.partition('.')[0]}" in names):
@@ -303,7 +305,9 @@ class _Reader:
                     raise self.fail(f"exclude: {name} is not an axis: use {', '.join(axis.name for axis in axes)}")
                 arm = next((arm for arm in axis.arms if value in (arm.value, arm.label)), None)
                 if arm is None:
-                    raise self.fail(f"exclude: {name}={value} is no value of that axis: use {[a.value for a in axis.arms]}")
+                    raise self.fail(
+                        f"exclude: {name}={value} is no value of that axis: use {[a.value for a in axis.arms]}"
+                    )
                 labels[name] = arm.label
             found.append(labels)
         return tuple(found)
@@ -319,7 +323,11 @@ class _Reader:
         values = self.values.get("stop_lost")
         if values is None:
             return None
-        if not isinstance(values, dict) or set(values) != {"after", "margin"} or not all(map(_is_number, values.values())):
+        if (
+            not isinstance(values, dict)
+            or set(values) != {"after", "margin"}
+            or not all(map(_is_number, values.values()))
+        ):
             raise self.fail(f"stop_lost={values} must have two numbers, after and margin")
         if not 0 < values["after"] < 1 or values["margin"] < 0:
             raise self.fail(f"stop_lost={values}: after must lie between 0 and 1, and margin must be 0 or more")
@@ -361,7 +369,9 @@ def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None) -> Sw
     for key in values:
         if key not in _KEYS:
             near = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.5)
-            raise ConfigurationError(f"{file}: {key} is not a key of a sweep: use {near[0] if near else ', '.join(_KEYS)}")
+            raise ConfigurationError(
+                f"{file}: {key} is not a key of a sweep: use {near[0] if near else ', '.join(_KEYS)}"
+            )
     reader = _Reader(file, values)
     axes = tuple(reader.axis(str(name), value) for name, value in reader.mapping("axes").items())
     options = flat_options(reader.mapping("set"), reader.where + "set: ")
@@ -402,13 +412,17 @@ def _check_writers(
     for axis in axes:
         for option in sorted(axis.sets):
             if option in owner:
-                raise reader.fail(f"axes {owner[option]} and {axis.name} both set {option}: two axes on one option: keep one")
+                raise reader.fail(
+                    f"axes {owner[option]} and {axis.name} both set {option}: two axes on one option: keep one"
+                )
             owner[option] = axis.name
     for option in rules:
         axis_name = owner.get(option)
         has_factors = axis_name is not None and any(a.factor for x in axes if x.name == axis_name for a in x.arms)
         if axis_name is not None and not has_factors:
-            raise reader.fail(f"rules.{option} and axis {axis_name} both set {option}: keep one, or give the axis factors")
+            raise reader.fail(
+                f"rules.{option} and axis {axis_name} both set {option}: keep one, or give the axis factors"
+            )
     for option in options:
         if option in owner or option in rules:
             other = f"axis {owner[option]}" if option in owner else f"rules.{option}"

@@ -36,7 +36,7 @@ from megagamma.model.initialize import draw, fill, report_drawn
 from megagamma.model.parameters import ParameterMap
 from megagamma.planning.memory import check_fits
 from megagamma.reporting.log import Reporter
-from megagamma.runs.folder import RunFolder, check_folder
+from megagamma.runs.folder import RunFolder, check_folder, checkpoint_folders
 from megagamma.runs.lock import RunLock
 from megagamma.runs.provenance import installed_versions, provenance
 from megagamma.training.assembly import build, choose_dtype
@@ -93,16 +93,20 @@ _FIXED_SECTIONS = ("model", "init")
 
 
 def _check_same_run(
-    folder: Path, config: Config, source: Path, manifest: dict[str, Any], fingerprint: str
+    folder: Path, config: Config, source: Path, manifest: dict[str, Any], fingerprint: str, where: str = ""
 ) -> list[str]:
     """Refuse a resume with another model; returns other options that changed.
+
+    Args:
+        where: the option that names the checkpoint; empty: run.folder.
 
     Raises:
         CheckpointError: naming the options, with both values.
     """
+    where = where or f"run.folder={folder}"
     if manifest["tokenizer"] not in (fingerprint, ""):  # a model imported without one takes any
         raise CheckpointError(
-            f"run.folder={folder}: its checkpoint was trained with tokenizer {manifest['tokenizer'][:12]}, the data has "
+            f"{where}: its checkpoint was trained with tokenizer {manifest['tokenizer'][:12]}, the data has "
             f"{fingerprint[:12]}: give the same data, or another run.folder"
         )
     saved = stored_config(source, manifest)
@@ -110,8 +114,8 @@ def _check_same_run(
     if changed or saved.run.seed != config.run.seed:
         changed = changed or [f"run.seed: {saved.run.seed} -> {config.run.seed}"]
         raise CheckpointError(
-            f"run.folder={folder} holds a checkpoint of another model ({'; '.join(changed)}): give the same values, or "
-            "another run.folder"
+            f"{where} holds a checkpoint of another model ({'; '.join(changed)}): give the same values, or "
+            + ("another checkpoint" if where.startswith("run.branch_from") else "another run.folder")
         )
     return differences(saved, config, ("data", "optimizer", "schedule"))
 
@@ -141,6 +145,8 @@ class _Resume:
     """Options that have other values than before."""
     not_finite: Path | None = None
     """A newer one that was set aside, since the loss after loading it is not finite."""
+    is_branch: bool = False
+    """Whether it is another run's, which this one starts from."""
 
 
 def _find_resume(
@@ -151,6 +157,24 @@ def _find_resume(
         return None
     changed = _check_same_run(folder.path, config, found.folder, found.manifest, fingerprint)
     return _Resume(found.folder, found.manifest, found.notes, changed)
+
+
+def _find_branch(config: Config, runtime: Runtime, fingerprint: str, steps: int) -> _Resume:
+    """The checkpoint of another run that run.branch_from names.
+
+    Raises:
+        CheckpointError: none is there, it is corrupt, of another model, or at or past the last step of this run.
+    """
+    where = f"run.branch_from={config.run.branch_from}"
+    folder = Path(runtime.run_on_rank0(lambda: str(checkpoint_folders(Path(config.run.branch_from))[-1])))
+    manifest = retention.require_valid(runtime, folder)
+    changed = _check_same_run(Path(config.run.folder), config, folder, manifest, fingerprint, where)
+    if manifest["step"] >= steps:
+        raise CheckpointError(
+            f"{where}: is at step {manifest['step']}, and this run ends at step {steps}: its steps count from the trunk's "
+            "first: raise run.steps or run.tokens, or branch from an earlier checkpoint"
+        )
+    return _Resume(folder, manifest, [], changed, is_branch=True)
 
 
 def _first_loss(engine: Engine, data: RunData, resume: _Resume) -> float:
@@ -175,8 +199,10 @@ def _load_finite(engine: Engine, data: RunData, folder: RunFolder, resume: _Resu
     saver.load(engine, resume.folder, resume.manifest)
     if resume.manifest["step"] >= total_steps(config) or math.isfinite(_first_loss(engine, data, resume)):
         return resume
-    earlier = _find_resume(config, runtime, folder, data.fingerprint, before=resume.manifest["step"])
     what = f"{resume.folder}: the loss of the first step after loading it is not finite"
+    if resume.is_branch:  # another run's: neither renamed nor replaced
+        raise CheckpointError(f"run.branch_from: {what}: branch from an earlier checkpoint")
+    earlier = _find_resume(config, runtime, folder, data.fingerprint, before=resume.manifest["step"])
     if earlier is None:
         resume.notes.append(f"{what}, and there is no checkpoint before it")
         return resume
@@ -221,6 +247,8 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
     dtype, warning = choose_dtype(config, runtime.data_size, runtime.device)
     resume = _find_resume(config, runtime, folder, data.fingerprint)
+    if resume is None and config.run.branch_from:
+        resume = _find_branch(config, runtime, data.fingerprint, total_steps(config))
 
     begin = time.perf_counter()
     chunks, parameter_map = build(config, runtime, dtype)
@@ -237,7 +265,7 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     elif dtype != torch.float32:
         refine_masters(engine, config)
     origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
-    start_step = None if resume is None else step
+    start_step = None if resume is None or resume.is_branch else step
     reporter = Reporter(folder.path, config.logging, config.run.name, as_dict(config), runtime.is_main, start_step)
     session = Session(config, runtime, data, engine, reporter, folder, lock, total_steps(config), step)
     if resume is not None:
@@ -297,8 +325,18 @@ def _report_start(session: Session, resume: _Resume | None, warning: str | None,
         if resume.not_finite is not None:
             reporter.event("went_back", step=session.step, not_finite=resume.not_finite.name, folder=resume.folder.name)
         if resume.changed:
-            reporter.warn(f"resuming with other options than before: {'; '.join(resume.changed)}")
-    kind = "start" if resume is None else "resume"
+            what = (
+                "branching with other options than the trunk"
+                if resume.is_branch
+                else "resuming with other options than before"
+            )
+            reporter.warn(f"{what}: {'; '.join(resume.changed)}")
+    if resume is not None and resume.is_branch:
+        reporter.event(
+            "branch", step=session.step, checkpoint=str(resume.folder.absolute()), hash=resume.manifest.get("checksum")
+        )
+        reporter.print(f"branching from {resume.folder} at step {session.step}")
+    kind = "start" if resume is None or resume.is_branch else "resume"
     reporter.event(kind, step=session.step, seconds_to_build=seconds, pid=os.getpid())
 
 

@@ -1,0 +1,147 @@
+"""Sweep files: what is in them, and what is refused with which message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megagamma.errors import ConfigurationError
+from megagamma.scaling.points import content_hash, expand
+from megagamma.scaling.spec import read_sweep
+
+GOOD: dict[str, Any] = {
+    "name": "study",
+    "config": "configs/smoke.yaml",
+    "axes": {
+        "size": {"d32": {"model.hidden_size": 32}, "d64": {"model": {"hidden_size": 64}}},
+        "init.gamma": [0.5, 1.0],
+    },
+    "seeds": [1, 2],
+    "rules": {"optimizer.lr": {"rule": "power", "of": "hidden_size", "at": 64, "value": 0.004, "exponent": -0.5}},
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    values = {**GOOD, **changes}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def points(folder: Path, **changes: Any) -> list[Any]:
+    return expand(read_sweep(write(folder, **changes)), Path("points"))
+
+
+def test_the_grid_and_its_rules(tmp_path: Path) -> None:
+    found = points(tmp_path, exclude=[{"size": "d32", "init.gamma": 0.5}])
+    assert [point.name for point in found] == [
+        f"{arm}-seed{seed}" for arm in ("d32-gamma1", "d64-gamma0.5", "d64-gamma1") for seed in (1, 2)
+    ]
+    first, last = found[0].config, found[-1].config
+    assert (first.model.hidden_size, first.model.head_dim, first.init.gamma, first.run.seed) == (32, 8, 1.0, 1)
+    assert first.optimizer.lr == pytest.approx(0.004 * 0.5**-0.5, rel=1e-11)
+    assert last.optimizer.lr == 0.004
+    assert (last.run.folder, last.logging.wandb_group) == ("points/d64-gamma1-seed2", "study")
+    assert sorted(found[0].config.model.__dict__) == sorted(last.model.__dict__)
+
+
+def test_lengths_factors_and_arms(tmp_path: Path) -> None:
+    rules = {
+        "run.tokens": {"rule": "per_parameter", "tokens": 0.1, "of": "non_embedding"},
+        "data.global_batch_size": {"rule": "table", "of": "size", "values": {"d32": 4, "d64": 8}},
+        "schedule.warmup_steps": {"rule": "power", "of": "tokens", "at": 1e4, "value": 7, "exponent": 1},
+        "optimizer.lr": {"rule": "constant", "value": 0.002, "arms": {"init.gamma": {1.0: {"value": 0.004}}}},
+    }
+    axes = {**GOOD["axes"], "optimizer.lr": {"factors": [0.5, 2], "tuned": True}}
+    found = {point.name: point for point in points(tmp_path, rules=rules, axes=axes, seeds=[1])}
+    assert len(found) == 8
+    small = found["d32-gamma0.5-lrx0.5-seed1"]
+    assert small.config.optimizer.lr == 0.001 and small.values["optimizer.lr"] == 0.001
+    assert found["d32-gamma1-lrx2-seed1"].config.optimizer.lr == 0.008
+    assert small.config.run.steps is None and small.config.data.global_batch_size == 4
+    tokens = small.steps * 4 * 64
+    assert small.tokens == tokens and 0 <= tokens - small.config.run.tokens < 4 * 64
+    assert small.config.schedule.warmup_steps == round(7 * tokens / 1e4)
+    assert small.comparison == "d32-gamma0.5" == found["d32-gamma0.5-lrx2-seed1"].comparison
+
+
+def test_budgets_pick_tokens(tmp_path: Path) -> None:
+    sweep = read_sweep(write(tmp_path), budgets=(1e10, 4e10))
+    found = expand(sweep, Path("points"))
+    assert len(found) == 16
+    for point in found:
+        step = point.flops / point.steps
+        assert 0 <= point.flops - point.values["budget"] < step
+
+
+REFUSED = [
+    ({"axis": {}}, "axis is not a key of a sweep: use axes"),
+    ({"name": "a/b"}, "name='a/b' must be letters"),
+    ({"config": "configs/none.yaml"}, "there is no such file"),
+    ({"axes": {"init.gama": [1]}}, "unknown axis: init.gama is not an option: did you mean init.gamma?"),
+    ({"axes": {"init.gamma": []}}, "makes an empty grid"),
+    ({"axes": {"init.gamma": [1.0, 1.0]}}, "gamma1 is there twice"),
+    ({"axes": {"init.gamma": 1.0}}, "must be a list of values"),
+    ({"axes": {"size": {"d1": {"model.hidden": 1}}}}, "model.hidden is not an option: did you mean model.hidden_size?"),
+    ({"axes": {"a": {"x": {"init.gamma": 1}}, "init.gamma": [0.5]}}, "axes a and init.gamma both set init.gamma: two axes"),
+    ({"axes": {"optimizer.lr": [0.1]}}, "rules.optimizer.lr and axis optimizer.lr both set optimizer.lr"),
+    ({"axes": {"run.steps": {"factors": [1]}}}, "give rules.run.steps, or values"),
+    ({"axes": {"run.seed": [1]}}, "run.seed: is given by the sweep itself"),
+    ({"set": {"optimizer.lr": 1}}, "set.optimizer.lr and rules.optimizer.lr both set"),
+    ({"seeds": [1, 1]}, "seeds=[1, 1]: one is there twice"),
+    ({"seeds": ["a"]}, "must be whole numbers"),
+    ({"rules": {"optimizer.lr": {"rule": "powr"}}}, "rule=powr: use power"),
+    ({"rules": {"optimizer.lr": {"rule": "power", "of": "width"}}}, "power needs of, at, value, exponent; at is missing"),
+    ({"rules": {"optimizer.lr": {"rule": "constant", "value": "high"}}}, "value=high must be a number"),
+    ({"exclude": [{"sise": "d32"}]}, "exclude: sise is not an axis: use size, init.gamma"),
+    ({"exclude": [{"size": "d33"}]}, "size=d33 is no value of that axis: use ['d32', 'd64']"),
+    ({"exclude": [{"size": "d32"}, {"size": "d64"}]}, "has no points: exclude leaves none"),
+    ({"arms": ["gamma"]}, "arms: gamma is not an axis"),
+    ({"budgets": [0]}, "must be FLOPs"),
+    ({"budgets": [1e9], "set": {"run.steps": 3}}, "budgets and run.steps both set the length"),
+    ({"launch": {"processes": 3, "nodes": 2}}, "launch.nodes=2 must divide launch.processes=3"),
+    ({"launch": {"procs": 3}}, "must have processes, nodes or time"),
+    ({"retries": -1}, "retries=-1"),
+    ({"stop_lost": {"after": 2, "margin": 1}}, "after must lie between 0 and 1"),
+    ({"axes": {"size": {"d30": {"model.hidden_size": 30}}}}, "point d30: model.num_attention_heads=4 must divide model.hidden_size=30"),
+    ({"axes": {"logging.wandb_project": ["a", "b"]}}, "differ in nothing"),
+    ({"launch": {"processes": 3}}, "data.global_batch_size=8 must be a multiple of"),
+    ({"set": {"init.gamma": 9}, "axes": {}}, "init.gamma=9"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_bad_sweeps_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        points(tmp_path, **changes)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_or_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="there is no such sweep: use configs/sweeps/"):
+        read_sweep("configs/sweeps/none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigurationError, match="must be a mapping"):
+        read_sweep(tmp_path / "list.yaml")
+
+
+def test_the_hash_is_of_what_the_numbers_depend_on(tmp_path: Path) -> None:
+    """Names, places and threads do not count; any option of the model, the data's content, and the seed do."""
+    (point, *_) = points(tmp_path)
+    digest = content_hash(point.config, ["data"])
+    for section, key, value in (
+        ("run", "name", "x"), ("run", "folder", "x"), ("run", "threads", 3), ("data", "cache", "x"), ("logging", "wandb", "online"),
+    ):  # fmt: skip
+        setattr(getattr(point.config, section), key, value)
+        assert content_hash(point.config, ["data"]) == digest, key
+    assert content_hash(point.config, ["other data"]) != digest
+    for section, key, value in (("run", "seed", 9), ("optimizer", "lr", 0.5), ("init", "gamma", 0.7), ("guard", "on_nan", "skip")):
+        before = getattr(getattr(point.config, section), key)
+        setattr(getattr(point.config, section), key, value)
+        assert content_hash(point.config, ["data"]) != digest, key
+        setattr(getattr(point.config, section), key, before)
+    assert content_hash(point.config, ["data"]) == digest
