@@ -215,7 +215,9 @@ def begin(folder: SweepFolder, states: list[PointState], strict_code: bool, say:
     others = [state for state in states if state.status in ("done", "behind", "diverged") and state.code != code]
     if others:
         what = "they are run again (--strict_code)" if strict_code else "they are kept; --strict_code runs them again"
-        say(f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}")
+        say(
+            f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}"
+        )
     for state in others if strict_code else ():
         folder.set_aside(state)
     for state in states:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagamma.config.io import save_config
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import JsonLines, copy_file, first_free, read_json, write_json
 from megagamma.owned import require_place
@@ -153,8 +154,6 @@ class SweepFolder:
 
     def register(self, state: PointState, code: str) -> None:
         """Write what a point is into its folder, and its config, before it is started."""
-        from megagamma.config.io import save_config
-
         state.point.config.run.folder = str(state.folder)
         state.code = code
         write_json(

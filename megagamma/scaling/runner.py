@@ -32,7 +32,6 @@ from megagamma.scaling.folder import KINDS, PointState, SweepFolder, is_running,
 from megagamma.scaling.spec import StopLost
 
 _POLL_SECONDS = 0.2
-_LOOK_SECONDS = 2.0
 _LOCK_SECONDS = 150.0  # a lock is void after 120
 EXIT_STOPPED = 75
 
@@ -91,6 +90,7 @@ class Runner:
         retries: int,
         stop_lost: StopLost | None = None,
         say: Callable[[str], None] = print,
+        look_seconds: float = 2.0,
     ) -> None:
         """
         Args:
@@ -99,9 +99,10 @@ class Runner:
             retries: of a point that fails.
             stop_lost: when points of a tuned axis are ended early.
             say: prints a line.
+            look_seconds: between two looks at what running points have reached.
         """
         self.folder, self.states, self.resources, self.retries = folder, states, resources, retries
-        self.stop_lost, self.say = stop_lost, say
+        self.stop_lost, self.say, self.look_seconds = stop_lost, say, look_seconds
         todo = [state for state in states if not state.is_final]
         # The longest first: the others fill the gaps at the end.
         self.todo = collections.deque(sorted(todo, key=lambda state: -state.point.flops))
@@ -226,7 +227,7 @@ class Runner:
     def _look(self) -> None:
         """Now and then: the progress, and which running points are behind."""
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        if now - self._looked < self.look_seconds:
             return
         self._looked = now
         for one in self.running:

@@ -32,6 +32,7 @@ from megagamma.config.schema import ROLES
 from megagamma.config.yaml_reader import read_yaml
 from megagamma.errors import ConfigurationError
 from megagamma.reading import Unreadable
+from megagamma.scaling.rules import check_rule
 
 _KEYS = (
     "name", "config", "set", "axes", "seeds", "rules", "exclude", "budgets", "arms", "launch", "retries", "stop_lost",
@@ -334,8 +335,6 @@ class _Reader:
         return StopLost(float(values["after"]), float(values["margin"]))
 
     def rules(self) -> dict[str, dict[str, Any]]:
-        from megagamma.scaling.rules import check_rule
-
         found = self.mapping("rules")
         for option, rule in found.items():
             check_option(option, f"{self.where}rules: ")

@@ -1,0 +1,219 @@
+"""Sweeps run for real: points forked, killed, diverged, ended early, resumed; and what the table says then."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megagamma.commands import sweep as command
+from megagamma.errors import ConfigurationError
+from megagamma.scaling.folder import SweepFolder
+from megagamma.scaling.points import expand
+from megagamma.scaling.runner import Runner, code_of_point, divide, is_lost
+from megagamma.scaling.spec import StopLost, read_sweep
+
+pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("forked")]
+# What differs between two sweeps of equal results.
+NOT_RESULTS = ("attempts", "failures", "problem", "code", "training_seconds")
+
+
+def write(folder: Path, cache: str, **changes: Any) -> Path:
+    values = {
+        "name": "study",
+        "config": "configs/smoke.yaml",
+        "set": {
+            "data.cache": cache, "run.steps": 12, "logging.sample_tokens": 0, "checkpoint.interval": 4,
+            "validation.interval": 6, **changes.pop("set", {}),
+        },
+        **changes,
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def table(state: Path) -> list[dict[str, str]]:
+    with open(state / "table.csv") as file:
+        return [{key: row[key] for key in row if key not in NOT_RESULTS} for row in csv.DictReader(file)]
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return value
+
+
+def lock_of(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / ".lock").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def start(path: Path, state: Path) -> subprocess.Popen[str]:
+    command_line = [sys.executable, "tools/sweep.py", "run", str(path), "--state", str(state), "--at_once", "2"]
+    return subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def steps_of(state: Path, point: str) -> int:
+    return sum(len(file.read_text().splitlines()) for file in state.glob(f"points/{point}*/metrics.jsonl"))
+
+
+@pytest.mark.launcher
+def test_kills_change_nothing(tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A point killed, then the runner killed: the same command ends with the table of an undisturbed sweep, to the bit.
+
+    One point per layout and gamma, of one and of two processes. Then the content, not the name, says what is finished.
+    """
+    axes = {
+        "layout": {"one": {}, "two": {"parallel.tensor": 2, "launch": {"processes": 2}}},
+        "init.gamma": [0.5, 1.0],
+    }
+    path = write(tmp_path, data_cache, axes=axes, seeds=[1])
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    assert command.main(["run", str(path), "--state", str(calm), "--at_once", "2"]) == 0
+
+    runner = start(path, rough)
+    point = until(lambda: next(iter(rough.glob("points/two-gamma0.5*/.lock")), None)).parent
+    until(lambda: steps_of(rough, "two-gamma0.5") >= 2)
+    os.kill(lock_of(point)["pid"], signal.SIGKILL)
+    until(lambda: "failed" in (point / "attempts.jsonl").read_text())
+    second = until(lambda: steps_of(rough, "one-gamma1") and next(iter(rough.glob("points/one-gamma1*"))))
+    runner.kill()
+    runner.wait()
+    assert not (rough / "table.csv").exists()
+
+    capsys.readouterr()
+    assert command.main(["run", str(path), "--state", str(rough), "--at_once", "2"]) == 0
+    assert (second / "metrics.jsonl").exists()
+    expected = table(calm)
+    assert table(rough) == expected
+    assert len(expected) == 4 * 2 and {row["status"] for row in expected} == {"done"}
+    last = {row["point"]: float(row["loss"]) for row in expected if row["is_last"] == "True"}
+    for gamma in ("0.5", "1"):
+        assert last[f"one-gamma{gamma}-seed1"] == pytest.approx(last[f"two-gamma{gamma}-seed1"], rel=1e-5)
+    failed = [json.loads(line) for line in (point / "attempts.jsonl").read_text().splitlines()]
+    assert [line.get("kind") for line in failed if line["event"] == "end"] == ["failed", "done"]
+    assert "SIGKILL" in failed[1]["problem"]
+
+    # A folder of another name is still the point; another seed is a new one; nothing else runs.
+    (renamed,) = rough.glob("points/one-gamma1*")
+    renamed.rename(renamed.with_name("whatever"))
+    capsys.readouterr()
+    path = write(tmp_path, data_cache, axes=axes, seeds=[1, 2], exclude=[{"layout": "two"}])
+    assert command.main(["run", str(path), "--state", str(rough), "--at_once", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 points, 2 finished" in printed and printed.count(": started") == 2
+    assert [row for row in table(rough) if row["seed"] == "1"] == [r for r in expected if r["layout"] == "one"]
+
+
+def test_one_bad_point_does_not_sink_the_sweep(
+    tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point whose loss is not finite is a result; one that fails is given up, and runs after `retry`."""
+    mine = tmp_path / "tokenizer.model"
+    axes = {"arm": {
+        "good": {}, "wild": {"optimizer.lr": 1.0e15, "optimizer.clip_grad": 0.0}, "lost": {"tokenizer.path": str(mine)},
+    }}  # fmt: skip
+    path, state = write(tmp_path, data_cache, axes=axes, seeds=[1]), tmp_path / "state"
+    arguments = [str(path), "--state", str(state)]
+    assert command.main(["run", *arguments]) == 1
+    printed = capsys.readouterr().out
+    assert "wild-seed1: diverged" in printed and "lost-seed1: failed" in printed and "given up" in printed
+    assert command.main(["status", *arguments, "--json"]) == 0
+    states = {entry["point"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert [states[f"{name}-seed1"]["status"] for name in ("good", "wild", "lost")] == ["done", "diverged", "given up"]
+    assert "tokenizer.path" in states["lost-seed1"]["problem"]
+    assert {row["point"]: row["status"] for row in table(state)} == {k: e["status"] for k, e in states.items()}
+
+    mine.write_bytes(Path(data_cache, "tiny", "tokenizer.model").read_bytes())
+    assert command.main(["run", *arguments]) == 1  # it stays given up until somebody says otherwise
+    assert command.main(["retry", *arguments]) == 0
+    assert command.main(["run", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": started") == 1 and "lost-seed1: done" in printed
+
+    # Another version of the code is reported, and redone only where asked.
+    monkeypatch.setattr(command, "code_hash", lambda: "another")
+    before = table(state)
+    assert command.main(["run", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "3 points were finished by another version" in printed and ": started" not in printed
+    assert command.main(["run", *arguments, "--strict_code"]) == 0
+    assert capsys.readouterr().out.count(": started") == 3
+    assert table(state) == before
+    assert len(list(state.glob("points/*.before-1"))) == 3
+
+
+def test_a_tuned_point_that_is_behind_is_ended(tmp_path: Path, data_cache: str) -> None:
+    axes = {"optimizer.lr": {"values": [0.003, 1e-9], "tuned": True}}
+    options = {"run.steps": 4000, "validation.interval": 2, "validation.windows": 2, "checkpoint.interval": 0}
+    path = write(tmp_path, data_cache, axes=axes, seeds=[1], set=options, stop_lost={"after": 0.002, "margin": 0.2})
+    sweep, folder = read_sweep(path), SweepFolder(tmp_path / "state")
+    with folder.lock():
+        folder.claim(sweep)
+        states = folder.states(expand(sweep, folder.points), sweep.retries)
+        command.begin(folder, states, False, print)
+        said: list[str] = []
+        runner = Runner(folder, states, divide(2, 1, False), 0, sweep.stop_lost, said.append, look_seconds=0.1)
+
+        def stop_when_ended(text: str) -> None:
+            said.append(text)
+            if "behind" in text:
+                os.kill(os.getpid(), signal.SIGTERM)  # the other one need not go on
+
+        runner.say = stop_when_ended
+        assert runner.run() == 75
+    assert [state.status for state in states] == ["stopped", "behind"]
+    assert any("its loss is behind the best of its group" in text for text in said)
+    # Of arms that are compared none is ended for the other's sake: only those of a tuned axis are a group.
+    state, other = states
+    rule = StopLost(0.0001, 0.0)
+    assert is_lost(other, states, rule)
+    assert not is_lost(state, states, rule)
+    for one in states:
+        one.point = type(one.point)(**{**vars(one.point), "tuned": ()})
+    assert not is_lost(other, states, rule)
+
+
+def test_refusals(tmp_path: Path, data_cache: str) -> None:
+    path, state = write(tmp_path, data_cache, axes={"init.gamma": [1.0]}, seeds=[1]), tmp_path / "state"
+    arguments = [str(path), "--state", str(state)]
+    with pytest.raises(ConfigurationError, match="was not run yet: megagamma sweep run"):
+        command.main(["status", *arguments])
+    folder = SweepFolder(state)
+    state.mkdir()
+    with folder.lock(), pytest.raises(ConfigurationError, match=r"sweep=.*in use by process"):
+        command.main(["run", *arguments])
+    folder.claim(read_sweep(path))
+    other = write(tmp_path, data_cache, axes={"model.qk_norm": [True]}, seeds=[1])
+    with pytest.raises(ConfigurationError, match="is the folder of another sweep"):
+        command.main(["plan", str(other), "--state", str(state)])
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"is no sweep's folder"):
+        command.main(["run", str(path), "--state", str(notes)])
+    with pytest.raises(ConfigurationError, match="--at_once 0 must be at least 1"):
+        divide(0, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [([0, 0], 0), ([75, 75], 75), ([2, -9], -9), ([3, 3], 3), ([2, 3], 3), ([0, 70], 70), ([75, 2], 2)],
+)
+def test_the_cause_among_ranks(codes: list[int], code: int) -> None:
+    assert code_of_point(codes) == code
