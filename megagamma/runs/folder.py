@@ -7,6 +7,8 @@
     metrics.jsonl      numbers of the steps; metrics.before-1.jsonl: of an earlier start, whose checkpoints are gone;
                        metrics.unreadable.jsonl: lines that could not be read at a resume
     events.jsonl       what happened: starts, warnings, checkpoints
+    attempts.jsonl     starts and ends of its processes, where a supervisor looks after them
+    logs/              attempt-3/rank-0.log ...: what the ranks of each attempt printed
     samples.jsonl      texts that the model wrote
     tokenizer.model    the tokenizer of the data
     checkpoints/       step_00001000/ ...
@@ -142,11 +144,13 @@ class RunFolder:
         self.init_report_file = self.path / "init_report.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / "events.jsonl"
+        self.attempts_file = self.path / "attempts.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.tokenizer_file = self.path / "tokenizer.model"
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "hf"
         self.evaluations = self.path / "eval"
+        self.logs = self.path / "logs"
         self.lock_file = self.path / ".lock"
         self._place: tuple[int, int] | None = None
 
@@ -279,6 +283,14 @@ class RunFolder:
     def events(self) -> JsonLines:
         """What happened, by time."""
         return JsonLines(self.events_file)
+
+    def attempts(self) -> JsonLines:
+        """Starts and ends of its processes, by time: see `megagamma.launching.attempts`."""
+        return JsonLines(self.attempts_file)
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """Folder of the logs of an attempt."""
+        return self.logs / f"attempt-{attempt}"
 
     def samples(self) -> JsonLines:
         """Texts that the model wrote, by ascending step."""
