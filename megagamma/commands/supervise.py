@@ -56,11 +56,14 @@ def run_folder_of(command: Sequence[str]) -> Path:
     programs = [i for i, word in enumerate(command) if Path(word).name in ("pretrain.py", "pretrain")]
     if not programs:
         raise ConfigurationError("--folder: the COMMAND is not megagamma/pretrain.py: give the folder of its run")
+    arguments = list(command[programs[0] + 1 :])
+    given = [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "--run.folder"]
+    if given and "{" not in given[-1]:
+        return Path(given[-1])  # so that a host needs no more than the standard library where training is in a container
     from megagamma.config.io import build_parser as options
     from megagamma.config.io import parse_namespace, to_config
     from megagamma.config.resolve import resolve
 
-    arguments = list(command[programs[0] + 1 :])
     return Path(resolve(to_config(parse_namespace(options("pretrain"), arguments))).run.folder)
 
 

@@ -167,6 +167,8 @@ def submit(
     Raises:
         SlurmError, ConfigurationError: sbatch is not installed, or refuses.
     """
+    # SLURM accepts some jobs that can never run, and lets them wait for ever.
+    check_submission(script, options, environment, arguments)
     words = ["sbatch", "--parsable", *options, str(script), *arguments]
     return _explained(words, options, environment).strip().partition(";")[0]
 

@@ -27,9 +27,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from megagamma.config.io import load_config, save_config
 from megagamma.config.schema import Config, RunConfig
-from megagamma.config.yaml_reader import read_yaml, write_yaml
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.files import JsonLines, copy_file, first_free, read_json, require_writable, write_json
 from megagamma.owned import require_place
@@ -78,6 +76,8 @@ def is_run(path: Path) -> bool:
 
 def _is_saved_config(path: Path) -> bool:
     """Whether a config file has the form that a run gives it: no comments, every section in a row."""
+    from megagamma.config.yaml_reader import read_yaml, write_yaml
+
     with contextlib.suppress(OSError, Unreadable):
         return write_yaml(read_yaml(path)) == path.read_text(encoding="utf-8")
     return False
@@ -219,6 +219,8 @@ class RunFolder:
         Raises:
             ConfigurationError: it is missing, or not a config.
         """
+        from megagamma.config.io import load_config  # a reader that wants no config needs the standard library only
+
         return load_config(self.config_file)
 
     def write_config(self, config: Config) -> Path | None:
@@ -227,6 +229,8 @@ class RunFolder:
         Returns:
             Where a config.yaml that somebody wrote by hand is kept, with its comments; None where there was none.
         """
+        from megagamma.config.io import save_config
+
         kept = None
         if self.config_file.exists() and not _is_saved_config(self.config_file):
             kept = first_free(self.path, "config.before-", ".yaml")
