@@ -93,6 +93,40 @@ def slurm_job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID") or None
 
 
+@dataclass(frozen=True)
+class SlurmJob:
+    """The SLURM job that a batch script runs for."""
+
+    id: str
+    """Of an array's task its own, by which scontrol finds it."""
+    restarts: int
+    """How often it was requeued."""
+    nodes: str
+    """Its node list, as SLURM writes it, such as n[1-2]."""
+    node_count: int
+
+
+def slurm_job() -> SlurmJob | None:
+    """The SLURM job that this process is part of; None outside.
+
+    Raises:
+        ConfigurationError: a variable is not a whole number.
+    """
+    number = slurm_job_id()
+    if number is None:
+        return None
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    return SlurmJob(
+        number, _whole_number("SLURM_RESTART_COUNT", 0), nodes, _whole_number("SLURM_JOB_NUM_NODES", 1, minimum=1)
+    )
+
+
+def logs_folder() -> Path | None:
+    """Where a supervisor wants what each rank writes beside the run's files; None without one."""
+    text = os.environ.get("MEGAGAMMA_LOGS", "")
+    return Path(text) if text and os.path.isdir(text) else None
+
+
 def restart_count() -> int:
     """How often torchrun has restarted this run's processes."""
     return _whole_number("TORCHELASTIC_RESTART_COUNT", 0)

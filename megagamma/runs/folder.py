@@ -7,6 +7,8 @@
     metrics.jsonl      numbers of the steps; metrics.before-1.jsonl: of an earlier start, whose checkpoints are gone;
                        metrics.unreadable.jsonl: lines that could not be read at a resume
     events.jsonl       what happened: starts, warnings, checkpoints
+    attempts.jsonl     starts and ends of its processes, where a supervisor looks after them
+    logs/              attempt-3/rank-0.log ...: what the ranks of each attempt printed
     samples.jsonl      texts that the model wrote
     tokenizer.model    the tokenizer of the data
     checkpoints/       step_00001000/ ...
@@ -25,9 +27,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from megagamma.config.io import load_config, save_config
 from megagamma.config.schema import Config, RunConfig
-from megagamma.config.yaml_reader import read_yaml, write_yaml
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.files import JsonLines, copy_file, first_free, read_json, require_writable, write_json
 from megagamma.owned import require_place
@@ -76,6 +76,8 @@ def is_run(path: Path) -> bool:
 
 def _is_saved_config(path: Path) -> bool:
     """Whether a config file has the form that a run gives it: no comments, every section in a row."""
+    from megagamma.config.yaml_reader import read_yaml, write_yaml
+
     with contextlib.suppress(OSError, Unreadable):
         return write_yaml(read_yaml(path)) == path.read_text(encoding="utf-8")
     return False
@@ -142,11 +144,13 @@ class RunFolder:
         self.init_report_file = self.path / "init_report.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / "events.jsonl"
+        self.attempts_file = self.path / "attempts.jsonl"
         self.samples_file = self.path / "samples.jsonl"
         self.tokenizer_file = self.path / "tokenizer.model"
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "hf"
         self.evaluations = self.path / "eval"
+        self.logs = self.path / "logs"
         self.lock_file = self.path / ".lock"
         self._place: tuple[int, int] | None = None
 
@@ -215,6 +219,8 @@ class RunFolder:
         Raises:
             ConfigurationError: it is missing, or not a config.
         """
+        from megagamma.config.io import load_config  # a reader that wants no config needs the standard library only
+
         return load_config(self.config_file)
 
     def write_config(self, config: Config) -> Path | None:
@@ -223,6 +229,8 @@ class RunFolder:
         Returns:
             Where a config.yaml that somebody wrote by hand is kept, with its comments; None where there was none.
         """
+        from megagamma.config.io import save_config
+
         kept = None
         if self.config_file.exists() and not _is_saved_config(self.config_file):
             kept = first_free(self.path, "config.before-", ".yaml")
@@ -279,6 +287,14 @@ class RunFolder:
     def events(self) -> JsonLines:
         """What happened, by time."""
         return JsonLines(self.events_file)
+
+    def attempts(self) -> JsonLines:
+        """Starts and ends of its processes, by time: see `megagamma.launching.attempts`."""
+        return JsonLines(self.attempts_file)
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """Folder of the logs of an attempt."""
+        return self.logs / f"attempt-{attempt}"
 
     def samples(self) -> JsonLines:
         """Texts that the model wrote, by ascending step."""

@@ -112,6 +112,10 @@ def test_finished_run_is_left_alone(tmp_path: Path, data_cache: str, one_rank: R
         # Schedulers send it more than once.
         (["SIGUSR1", "SIGUSR1"], 0, "SIGUSR1"),
         (["SIGTERM", "SIGUSR1"], 0, "SIGUSR1"),
+        # The one announces the other; a scheduler may send both at once, in any order.
+        (["SIGUSR1", "SIGTERM"], 0, "SIGTERM"),
+        (["SIGUSR1", "SIGTERM", "SIGTERM"], 143, None),
+        (["SIGTERM", "SIGUSR1", "SIGTERM"], 143, None),
         # Who asks twice does not want to wait for the checkpoint.
         (["SIGTERM", "SIGTERM"], 143, None),
         (["SIGINT", "SIGINT"], 130, None),

@@ -69,6 +69,7 @@ class Metrics(Callback):
             "lr": step.lr,
             "tokens": session.consumed * length,
             "samples": session.consumed,
+            "first_sample": step.samples.start,
             "seconds": session.seconds,
             "step_seconds": step.seconds,
             "tokens_per_second": tokens / step.seconds,
