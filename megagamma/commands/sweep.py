@@ -5,6 +5,7 @@
     megagamma sweep submit configs/sweeps/scale.yaml         # under SLURM; again: only what is missing
     megagamma sweep status configs/sweeps/smoke.yaml
     megagamma sweep collect configs/sweeps/smoke.yaml        # table.csv and table.parquet of every validation
+    megagamma sweep evaluate configs/sweeps/smoke.yaml -- --tasks reasoning       # options of convert_and_eval
     megagamma sweep retry configs/sweeps/smoke.yaml [POINT]  # lets points that were given up run again
     megagamma sweep cancel configs/sweeps/smoke.yaml         # ends the runner or the jobs; points save first
 
@@ -31,6 +32,7 @@ from megagamma.reporting.log import duration
 from megagamma.reporting.tables import aligned_table
 from megagamma.runs.lock import read_lock
 from megagamma.scaling import collect as results
+from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import PointState, SweepFolder, code_hash, forgive
 from megagamma.scaling.plan import make_plan, speed_of
 from megagamma.scaling.points import Point, expand, vocabulary_of
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "submit": "run the points as SLURM jobs",
         "status": "what has become of every point",
         "collect": "write the table of every validation",
+        "evaluate": "convert the finished points and score them on benchmarks",
         "retry": "let points that were given up run again",
         "cancel": "end the runner, or the jobs",
     }
@@ -58,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         action.add_argument("--state", type=Path, help="folder of the sweep (default runs/sweeps/NAME)")
         action.add_argument("--budget", type=float, nargs="+", metavar="FLOPS", help="FLOPs per point; tokens follow")
         action.add_argument("--json", action="store_true", help="print JSON in place of text")
+        action.add_argument(
+            "--tree", type=Path, help=argparse.SUPPRESS
+        )  # where the sweep's config files are looked up first
         if name in ("plan", "submit"):
             action.add_argument(
                 "--device", default="", help="GPU to plan for, such as H100, or cpu (default: what is here)"
@@ -72,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "run":
             action.add_argument("--at_once", type=int, help="points at a time (default: by GPUs or cores)")
         if name == "submit":
-            from megagamma.scaling.submit import add_arguments
-
-            add_arguments(action)
+            slurm.add_arguments(action)
+        if name == "evaluate":
+            action.add_argument("options", nargs="*", metavar="-- OPTION", help="options of megagamma convert_and_eval")
         if name == "retry":
             action.add_argument("points", nargs="*", help="names of points (default: all that were given up)")
     return parser
@@ -85,7 +91,7 @@ def _folder(args: argparse.Namespace, sweep: Sweep) -> SweepFolder:
 
 
 def _load(args: argparse.Namespace) -> tuple[Sweep, SweepFolder, list[Point]]:
-    sweep = read_sweep(args.sweep, None if args.budget is None else tuple(args.budget))
+    sweep = read_sweep(args.sweep, None if args.budget is None else tuple(args.budget), args.tree)
     folder = _folder(args, sweep)
     folder.check(sweep)
     return sweep, folder, expand(sweep, folder.points)
@@ -264,7 +270,9 @@ def collect(args: argparse.Namespace) -> int:
 def _require_states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> list[PointState]:
     if not folder.identity_file.exists():
         raise ConfigurationError(f"{folder.path}: this sweep was not run yet: megagamma sweep run {sweep.file}")
-    return folder.states(points, sweep.retries)
+    states = folder.states(points, sweep.retries)
+    slurm.mark_queued(folder, states)
+    return states
 
 
 def status(args: argparse.Namespace) -> int:
@@ -331,9 +339,9 @@ def retry(args: argparse.Namespace) -> int:
 def cancel(args: argparse.Namespace) -> int:
     """End the runner or the jobs."""
     sweep, folder, _ = _load(args)
-    from megagamma.scaling.submit import cancel_jobs
-
-    jobs = cancel_jobs(folder)
+    jobs = slurm.cancel_jobs(folder)
+    if jobs:
+        print(f"cancelled jobs {', '.join(jobs)}; running points save first")
     holder = read_lock(folder.path)
     if holder is not None and not holder.is_stale():
         if holder.host != socket.gethostname():
@@ -348,13 +356,37 @@ def cancel(args: argparse.Namespace) -> int:
 def submit(args: argparse.Namespace) -> int:
     """Submit the points as SLURM jobs."""
     sweep, folder, points = _load(args)
-    from megagamma.scaling.submit import submit_sweep
 
-    return submit_sweep(args, sweep, folder, points)
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    def prepared_states() -> list[PointState]:
+        prepare_data(points)
+        return folder.states(expand(sweep, folder.points), sweep.retries)
+
+    def register(states: list[PointState], code: Path) -> None:
+        for state in states:
+            slurm.freeze(state.point, code)
+        begin(folder, states, args.strict_code, say)
+
+    return slurm.submit_sweep(args, sweep, folder, points, prepared_states, register, say)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Convert the finished points and score them."""
+    sweep, folder, points = _load(args)
+    states = _require_states(folder, points, sweep)
+    finished = [str(state.folder) for state in states if state.status == "done"]
+    if not finished:
+        raise ConfigurationError(f"{folder.path}: no point is finished: see megagamma sweep status {sweep.file}")
+    from megagamma.commands.convert_and_eval import main as convert_and_eval
+
+    return convert_and_eval([*finished, *args.options])
 
 
 ACTIONS = {
-    "plan": plan, "run": run, "submit": submit, "status": status, "collect": collect, "retry": retry, "cancel": cancel,
+    "plan": plan, "run": run, "submit": submit, "status": status, "collect": collect,
+    "evaluate": evaluate, "retry": retry, "cancel": cancel,
 }  # fmt: skip
 
 

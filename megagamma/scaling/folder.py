@@ -14,14 +14,15 @@ slurm/          scripts and numbers of the jobs
 from __future__ import annotations
 
 import hashlib
-import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megagamma.config.io import save_config
 from megagamma.errors import ConfigurationError, MegagammaError
-from megagamma.files import JsonLines, copy_file, first_free, read_json, write_json
+from megagamma.files import copy_file, first_free, read_json, write_json
+from megagamma.launching.attempts import AttemptLog
 from megagamma.owned import require_place
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import RunLock, read_lock
@@ -43,10 +44,6 @@ def code_hash() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-
-def _attempts_file(folder: Path) -> JsonLines:
-    return JsonLines(folder / "attempts.jsonl")
 
 
 @dataclass
@@ -172,26 +169,25 @@ class SweepFolder:
 
 
 def note_start(state: PointState) -> None:
-    """Record that a point is started."""
+    """Record that a point is started. Each start here is a chain of its own, see `megagamma.launching.attempts`."""
     state.attempts += 1
-    file = _attempts_file(state.folder)
-    file.write({"event": "start", "attempt": state.attempts, "time": time.time(), "code": state.code})
-    file.close()
+    log = AttemptLog(RunFolder(state.folder))
+    chain = f"local-{uuid.uuid4().hex[:8]}"
+    log.write(
+        "start", state.attempts, chain=chain, fingerprint=state.hash[:16], checkpoint=log.newest_step(), code=state.code
+    )
 
 
-def note_end(state: PointState, kind: str, code: int | None, seconds: float, problem: str = "") -> None:
-    """Record how an attempt ended: done, diverged, stopped, behind, or failed."""
-    file = _attempts_file(state.folder)
-    values = {"event": "end", "attempt": state.attempts, "kind": kind, "code": code, "seconds": seconds}
-    file.write({**values, "problem": problem, "time": time.time()})
-    file.close()
+def note_end(state: PointState, kind: str, code: int, seconds: float, problem: str = "") -> None:
+    """Record how an attempt ended: done, diverged, refused, stopped, behind, or failed."""
+    log = AttemptLog(RunFolder(state.folder))
+    values = {"kind": kind, "code": code, "seconds": seconds, "checkpoint": log.newest_step(), "problem": problem}
+    log.write("end", state.attempts, **values)
 
 
 def forgive(state: PointState) -> None:
     """Let a point that was given up be tried again."""
-    file = _attempts_file(state.folder)
-    file.write({"event": "retry", "time": time.time()})
-    file.close()
+    AttemptLog(RunFolder(state.folder)).write("retry", state.attempts)
 
 
 def is_running(folder: Path) -> bool:
@@ -210,28 +206,31 @@ def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointSt
     state.metrics = run.metrics().read()
     state.step = int(state.metrics[-1]["step"]) if state.metrics else 0
     state.training_seconds = float(state.metrics[-1].get("seconds") or 0) if state.metrics else 0.0
-    last, open_attempt = "", False
-    for line in _attempts_file(folder).read():
+    chains: dict[str, str] = {}
+    chain, last = "", ""
+    for line in run.attempts().read():
         event = line.get("event")
         if event == "start":
             state.attempts += 1
             # One without an end was killed together with whoever started it: no failure of the point's own.
-            open_attempt = True
+            chain, last = str(line.get("chain")), "stopped"
         elif event == "end":
-            open_attempt, last = False, str(line.get("kind", ""))
+            last = str(line.get("kind", ""))
             state.seconds += float(line.get("seconds") or 0)
             if last in FAILURES:
-                state.failures += 1
-                state.problem = str(line.get("problem", ""))
+                state.problem = str(line.get("problem") or f"exit code {line.get('code')}")
         elif event == "retry":
-            state.failures, last = 0, ""
+            chains, chain, last = {}, "", ""
+        # A supervisor starts a run several times in a chain: what counts is how the chain ended.
+        chains[chain] = last
+    state.failures = sum(kind in FAILURES for kind in chains.values())
     if any(line.get("event") == "end" and line.get("step") == point.steps for line in run.events().read()):
         state.status = "done"
     elif is_running(folder):
         state.status = "running"
-    elif last in ("diverged", "behind") and not open_attempt:
+    elif last in ("diverged", "behind"):
         state.status = last
-    elif last in FAILURES and not open_attempt:
+    elif last in FAILURES:
         # What was refused (config, data, machine) would be refused again.
         state.status = "given up" if state.failures > retries or last == "refused" else "failed"
     elif state.attempts:

@@ -166,6 +166,8 @@ def content_hash(config: Config, data: list[Any]) -> str:
     for section, keys in _IRRELEVANT.items():
         for key in keys:
             values[section].pop(key, None)
+    if config.deepspeed_config != "auto":
+        values["deepspeed_config"] = read_json(config.deepspeed_config)
     text = json.dumps([1, values, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -168,13 +168,13 @@ def flat_options(sections: dict[str, Any], where: str) -> dict[str, Any]:
     return result
 
 
-def find_file(name: str, sweep: Path, where: str) -> Path:
-    """A file that a sweep names: relative to the working directory, to the sweep's folder, or to one around it.
+def find_file(name: str, sweep: Path, where: str, tree: Path | None = None) -> Path:
+    """A file that a sweep names: relative to `tree`, to the working directory, to the sweep's folder, or to one around it.
 
     Raises:
         ConfigurationError: there is none.
     """
-    for folder in (Path(), *sweep.absolute().parents):
+    for folder in (*([tree] if tree else []), Path(), *sweep.absolute().parents):
         if (folder / name).is_file():
             return folder / name
     raise ConfigurationError(f"{where}{name}: there is no such file, here or beside the sweep: check the path")
@@ -189,8 +189,8 @@ def label_of(value: Any) -> str:
 class _Reader:
     """Checks a sweep file piece by piece; every message begins with the file's name."""
 
-    def __init__(self, file: Path, values: dict[str, Any]) -> None:
-        self.file, self.values = file, values
+    def __init__(self, file: Path, values: dict[str, Any], tree: Path | None) -> None:
+        self.file, self.values, self.tree = file, values, tree
         self.where = f"{file}: "
 
     def fail(self, text: str) -> ConfigurationError:
@@ -221,7 +221,7 @@ class _Reader:
         if not _NAME.fullmatch(str(label)):
             raise ConfigurationError(f"{where}a label must be letters, digits, dots, - and _")
         if isinstance(value, str):
-            value = read_sections(str(find_file(value, self.file, where)))
+            value = read_sections(str(find_file(value, self.file, where, self.tree)))
         if not isinstance(value, dict):
             raise ConfigurationError(f"{where}must be options, such as {{model.hidden_size: 64}}, or a config file")
         value = dict(value)
@@ -229,7 +229,7 @@ class _Reader:
         self.check_launch(launch, where)
         if "file" in value:
             named = value.pop("file")
-            value = {**read_sections(str(find_file(named, self.file, where))), **value}
+            value = {**read_sections(str(find_file(named, self.file, where, self.tree))), **value}
         return Arm(str(label), str(label), flat_options(value, where), launch)
 
     def axis(self, name: str, value: Any) -> Axis:
@@ -346,11 +346,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None) -> Sweep:
+def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None, tree: Path | None = None) -> Sweep:
     """Read and check a sweep file.
 
     Args:
         budgets: FLOPs per point, in place of the file's.
+        tree: where the config files that it names are looked up first, such as a snapshot of the checkout.
 
     Raises:
         ConfigurationError: naming the file, the key, its value and what is wrong with it.
@@ -371,7 +372,7 @@ def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None) -> Sw
             raise ConfigurationError(
                 f"{file}: {key} is not a key of a sweep: use {near[0] if near else ', '.join(_KEYS)}"
             )
-    reader = _Reader(file, values)
+    reader = _Reader(file, values, tree)
     axes = tuple(reader.axis(str(name), value) for name, value in reader.mapping("axes").items())
     options = flat_options(reader.mapping("set"), reader.where + "set: ")
     rules = reader.rules()
@@ -389,7 +390,7 @@ def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None) -> Sw
     return Sweep(
         name=reader.name(),
         file=file,
-        configs=tuple(find_file(str(one), file, f"{file}: config: ") for one in reader.listing("config")),
+        configs=tuple(find_file(str(one), file, f"{file}: config: ", tree) for one in reader.listing("config")),
         options=options,
         axes=axes,
         seeds=reader.seeds(),

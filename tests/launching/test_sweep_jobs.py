@@ -1,0 +1,203 @@
+"""A sweep as jobs of a real SLURM: one command, multi-node points, a table at the end; given again; refused; cancelled."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.slurm import ROOT, Cluster, until
+
+from megagamma.commands import sweep as command
+from megagamma.errors import ConfigurationError
+from megagamma.launching import slurm
+
+pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
+
+# Where and how often a point was started is not its result.
+NOT_RESULTS = ("attempts", "failures", "problem", "code", "training_seconds")
+
+
+def write(folder: Path, cache: str, **changes: Any) -> Path:
+    values = {
+        "name": "study",
+        "config": "configs/smoke.yaml",
+        "set": {
+            "data.cache": cache, "run.steps": 10, "run.threads": 1, "logging.sample_tokens": 0, "validation.interval": 5,
+            "run.device": "cpu",
+        },
+        "axes": {"init.gamma": [0.5, 1.0]},
+        "seeds": [1],
+        "launch": {"processes": 2, "nodes": 2, "time": "10"},
+        **changes,
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def table(state: Path) -> list[dict[str, str]]:
+    with open(state / "table.csv") as file:
+        return [{key: row[key] for key in row if key not in NOT_RESULTS} for row in csv.DictReader(file)]
+
+
+def jobs_of(state: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (state / "slurm" / "jobs.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def in_cluster(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Commands of this process reach the cluster."""
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "MEGAGAMMA_"))]:
+        monkeypatch.delenv(name)
+    for name in ("SLURM_CONF", "MEGAGAMMA_PYTHON", "XDG_CONFIG_HOME"):
+        monkeypatch.setenv(name, cluster.env[name])
+    return cluster
+
+
+def ends(cluster: Cluster, state: Path, submission: str, output: Path) -> list[dict[str, Any]]:
+    """Wait for the job that submits, then for the last one that it has chained."""
+    assert cluster.wait(submission, seconds=120) == "COMPLETED", output.read_text()
+    jobs = jobs_of(state)
+    until(lambda: cluster.state(jobs[-1]["job"]) in ("COMPLETED", "FAILED"), 500, output.read_text())
+    assert cluster.state(jobs[-1]["job"]) == "COMPLETED"
+    return jobs
+
+
+def study(cluster: Cluster, tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """Submit by the one command; afterwards the table is that of the same sweep run here, and a second call does nothing."""
+    state, output = tmp_path / "state", tmp_path / "submission.out"
+    job = cluster.submit(
+        f"--output={output}", "launch/scale_sweep.sh", str(path), "--state", str(state), "--throttle", "2"
+    )
+    jobs = ends(cluster, state, job, output)
+    here = tmp_path / "here"
+    assert command.main(["run", str(path), "--state", str(here)]) == 0
+    assert table(state) == table(here)
+    assert {row["status"] for row in table(state)} == {"done"} and {row["world"] for row in table(state)} == {"2"}
+    capsys.readouterr()
+    assert command.main(["submit", str(path), "--state", str(state)]) == 0
+    assert " 0 to submit" in capsys.readouterr().out
+    assert jobs_of(state) == jobs
+    return jobs
+
+
+def test_one_command_from_the_plan_to_the_table(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache), capsys)
+    assert [job["kind"] for job in jobs] == ["points", "collect"]
+    state = tmp_path / "state"
+    text = (tmp_path / "submission.out").read_text()
+    assert "differ in init.gamma" in text and "2 points of study, 2 nodes x 1 processes each" in text
+    # What ran is the snapshot, on two nodes.
+    (code,) = (state / "code").iterdir()
+    for point in sorted((state / "points").iterdir()):
+        provenance = json.loads((point / "provenance.json").read_text())
+        assert provenance["command"][0] == f"{code}/megagamma/pretrain.py"
+        assert len({rank["host"] for rank in provenance["ranks"]}) == 2
+    assert command.main(["status", str(tmp_path / "study.yaml"), "--state", str(state)]) == 0
+    assert "2 points: 2 done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sizes_gammas_and_seeds(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = {"size": {"d32": {"model.hidden_size": 32}, "d64": {"model.hidden_size": 64}}, "init.gamma": [0.5, 1.0]}
+    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache, axes=axes, seeds=[1, 2]), capsys)
+    assert [(job["kind"], len(job.get("points", []))) for job in jobs] == [("points", 4), ("points", 4), ("collect", 0)]
+
+
+def test_queued_points_are_left_alone_and_cancelled(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Points that wait in the queue are not submitted again; `cancel` ends them."""
+    blocker = in_cluster.submit("--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 100")
+    in_cluster.wait(blocker, "RUNNING")
+    path, state = write(tmp_path, data_cache), tmp_path / "state"
+    arguments = [str(path), "--state", str(state)]
+    assert command.main(["submit", *arguments]) == 0
+    first = jobs_of(state)
+    assert command.main(["submit", *arguments]) == 0
+    assert "2 queued or running, 0 given up, 0 to submit" in capsys.readouterr().out
+    assert jobs_of(state) == first
+    # A longer sweep: only the new points are submitted.
+    path = write(tmp_path, data_cache, seeds=[1, 2])
+    assert command.main(["submit", *arguments]) == 0
+    assert "2 queued or running, 0 given up, 2 to submit" in capsys.readouterr().out
+    assert command.main(["status", *arguments]) == 0
+    assert "4 points: 4 queued" in capsys.readouterr().out
+    assert command.main(["cancel", *arguments]) == 0
+    numbers = [job["job"] for job in jobs_of(state)]
+    until(lambda: all(one.has_ended for one in slurm.jobs(numbers).values()), 30)
+    assert command.main(["status", *arguments]) == 0
+    assert "4 points: 4 pending" in capsys.readouterr().out
+
+
+REFUSED = [
+    ({}, ["--partition", "none"], "--partition=none: this cluster has no such partition: use main or urgent"),
+    ({"launch": {"processes": 16, "nodes": 8}, "set": {"data.global_batch_size": 16}}, [], "at most 4 nodes"),
+    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9}}, [], "have 8 GPUs: ask for fewer"),
+    ({}, ["--throttle", "-1"], "--throttle -1 must be 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "more", "message"), REFUSED, ids=[message[:30] for *_, message in REFUSED])
+def test_refused_before_anything_is_submitted(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, changes: dict[str, Any], more: list[str], message: str
+) -> None:
+    if "set" in changes:
+        changes = {**changes, "set": {"data.cache": data_cache, **changes["set"]}}
+    path, state = write(tmp_path, data_cache, **changes), tmp_path / "state"
+    with pytest.raises(ConfigurationError) as refused:
+        command.main(["submit", str(path), "--state", str(state), *more])
+    assert message in str(refused.value)
+    assert not (state / "slurm").exists()
+
+
+def test_a_site_file_is_used_and_checked(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.sh"
+    monkeypatch.setenv("MEGAGAMMA_SITE", str(site))
+    path, state = write(tmp_path, data_cache), tmp_path / "state"
+    for text, message in (
+        ("export MEGAGAMMA_PARTITON=main\n", "MEGAGAMMA_PARTITON is no variable of a site file: did you mean"),
+        ("export MEGAGAMMA_CONTAINER='apptainer exec none.sif'\n", "there is no image none.sif"),
+        ("export MEGAGAMMA_PARTITION=gone\n", "--partition=gone: this cluster has no such partition"),
+    ):
+        site.write_text(text)
+        with pytest.raises(ConfigurationError, match=message):
+            command.main(["submit", str(path), "--state", str(state)])
+        assert not (state / "slurm").exists()
+
+
+def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str) -> None:
+    """Under plain bash, with no SLURM in PATH: every script that would be submitted."""
+    path, state = write(tmp_path, data_cache), tmp_path / "state"
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "sed", "env"):
+        found = subprocess.run(
+            ["bash", "-c", f"command -v {name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        (programs / name).symlink_to(found)
+    done = subprocess.run(
+        ["bash", "launch/scale_sweep.sh", str(path), "--state", str(state), "--dry_run", "--evaluate", "--tasks quick"],
+        cwd=ROOT, env={"PATH": str(programs), "HOME": str(tmp_path), "MEGAGAMMA_PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "gamma0.5-seed1\t", "sbatch --job-name=study --array=0-1", "--nodes=2 --ntasks-per-node=1", "launch/point.sbatch",
+        "#SBATCH --requeue --signal=B:USR1@300", "sweep collect", "sweep evaluate", "-- --tasks quick",
+    ):  # fmt: skip
+        assert text in done.stdout
+    assert not state.exists()
