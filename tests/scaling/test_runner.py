@@ -96,6 +96,15 @@ def test_kills_change_nothing(tmp_path: Path, data_cache: str, capsys: pytest.Ca
     runner.wait()
     assert not (rough / "table.csv").exists()
 
+    # Asked to stop, it leaves when its points have saved.
+    runner = start(path, rough)
+    started = until(lambda: lock_of(rough) if (lock_of(rough) or {}).get("pid") == runner.pid else None)
+    until(lambda: len(list(rough.glob("points/*/.lock"))) == 2)
+    assert command.main(["cancel", str(path), "--state", str(rough)]) == 0
+    assert runner.wait(60) == 75 and started is not None
+    assert "the same command resumes" in runner.communicate()[0]
+    assert not list(rough.glob("points/*/.lock"))
+
     capsys.readouterr()
     assert command.main(["run", str(path), "--state", str(rough), "--at_once", "2"]) == 0
     assert (second / "metrics.jsonl").exists()
