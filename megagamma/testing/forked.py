@@ -6,24 +6,13 @@ The ranks are what a launcher starts, without the launcher: one that survives an
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megagamma.testing.ranks import free_port
-
-
-def context() -> ForkServerContext:
-    """A context whose server has the project's imports done; nothing in them starts a thread."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(
-        ["megagamma.testing.preloaded", "deepspeed", "megagamma.training.loop", "megagamma.training.setup"]
-    )
-    return found
+from megagamma.testing.ranks import context, free_port
 
 
 def _main(

@@ -58,7 +58,7 @@ def test_a_model_is_never_whole_while_zero_3_builds_it(monkeypatch: pytest.Monke
         *("--model.vocab_size", "1024", "--model.hidden_size", "512", "--model.num_layers", "24"),
         *("--model.ffn_hidden_size", "2048", "--deepspeed_config", "configs/deepspeed/zero3.json"),
     ]
-    pool = RankPool(2)
+    pool = RankPool(2, fresh=True)
     try:
         spread, whole = pool.run(measure_build, arguments, True), pool.run(measure_build, arguments, False)
     finally:

@@ -227,7 +227,7 @@ def test_the_plan_against_a_real_step(monkeypatch, capsys, zero, size):
     monkeypatch.chdir(ROOT)
     arguments = [*STEP, "--data.global_batch_size", str(8 * size)]
     arguments += ["--deepspeed_config", f"configs/deepspeed/zero{zero}.json"]
-    pool = RankPool(size)
+    pool = RankPool(size, fresh=True)
     try:
         ranks = pool.run(measure_step, arguments)
     finally:
