@@ -75,18 +75,12 @@ def _serve(rank: int, size: int, port: int, path: list[str], pipe: Connection) -
 class RankPool:
     """`size` processes; `run` calls one function on all of them at once."""
 
-    def __init__(self, size: int, fresh: bool = False) -> None:
-        """Start the processes.
-
-        Args:
-            size: how many.
-            fresh: new ones with imports of their own, which see this process's environment as it is now.
-        """
-        self.size, self.fresh = size, fresh
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._start()
 
     def _start(self) -> None:
-        start = multiprocessing.get_context("spawn") if self.fresh else context()
+        start = context()
         port = free_port()
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []

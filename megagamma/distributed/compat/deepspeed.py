@@ -126,7 +126,9 @@ def release(engine: Any) -> None:
     # Under ZeRO 3 also what gathers the weights: a part of the optimizer, and what each weight's methods close over.
     holders += [getattr(engine.optimizer, "parameter_offload", None)]
     for weight in weights:
-        holders += [cell.cell_contents for cell in getattr(getattr(weight, "partition", None), "__closure__", None) or ()]
+        holders += [
+            cell.cell_contents for cell in getattr(getattr(weight, "partition", None), "__closure__", None) or ()
+        ]
     for holder in holders:
         for name, value in list(getattr(holder, "__dict__", {}).items()):
             first = value[0] if isinstance(value, list) and value else value
