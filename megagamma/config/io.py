@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -297,6 +298,12 @@ def parse_namespace(parser: jsonargparse.ArgumentParser, arguments: list[str] | 
         raise ConfigurationError(_explain(error)) from error
 
 
+@functools.cache
+def _parser(program: str | None = None) -> jsonargparse.ArgumentParser:
+    """Built once: it keeps nothing of what it has parsed, and reading the options' docstrings takes a while."""
+    return build_parser(program, "Pretrain a GPT whose initialization is an option, with Megatron-core and DeepSpeed.")
+
+
 def parse_config(arguments: list[str] | None = None, program: str | None = None, world_size: int = 1) -> Config:
     """Command line -> resolved and validated config.
 
@@ -308,18 +315,14 @@ def parse_config(arguments: list[str] | None = None, program: str | None = None,
     Raises:
         ConfigurationError: an unknown option, a bad value, or a rule between options that is broken.
     """
-    parser = build_parser(
-        program, "Pretrain a GPT whose initialization is an option, with Megatron-core and DeepSpeed."
-    )
-    config = resolve(to_config(parse_namespace(parser, arguments)))
+    config = resolve(to_config(parse_namespace(_parser(program), arguments)))
     validate(config, world_size)
     return config
 
 
 def load_config(path: str | Path) -> Config:
     """Read a config file written by `save_config` (or by hand); resolved, not validated for a world size."""
-    parser = build_parser()
-    return resolve(to_config(parse_namespace(parser, [f"--config={path}"])))
+    return resolve(to_config(parse_namespace(_parser(), [f"--config={path}"])))
 
 
 def as_dict(config: Config) -> dict[str, Any]:

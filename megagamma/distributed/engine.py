@@ -381,7 +381,11 @@ class Engine:
 
         DeepSpeed's hooks on the gradients keep the engine alive from outside Python's reach.
         """
+        self.release()
+        self.runtime.close_groups()
+
+    def release(self) -> None:
+        """Let go of DeepSpeed's hooks and of the process groups, and leave those alone: no other rank is waited for."""
         for chunk in self.chunks:
             chunk.config.no_sync_func = None
         compat.release(self.deepspeed)
-        self.runtime.close_groups()

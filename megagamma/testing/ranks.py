@@ -1,22 +1,22 @@
 """A pool of real processes on this machine in one gloo world, each running functions that it is sent.
 
-For tests and studies of layouts: importing torch, DeepSpeed and Megatron takes seconds per process, so the processes
-live for many calls.
+For tests and studies of layouts: importing torch, DeepSpeed and Megatron takes seconds, so the processes live for many
+calls, and are forked from a server that has imported everything.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megagamma.cli import ignore_library_warnings
-from megagamma.forked import free_port
+from megagamma.forked import context, free_port
 
 
 class RankError(RuntimeError):
@@ -36,6 +36,8 @@ def _serve(rank: int, size: int, port: int, path: list[str], pipe: Connection) -
 
     torch.set_num_threads(1)
     preload()
+    # What is imported stays: the collections below need not go through it.
+    gc.freeze()
     while True:
         try:
             message = pipe.recv()
@@ -61,13 +63,13 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        start = context()
         port = free_port()
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[BaseProcess] = []
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, sys.path, theirs), daemon=True)
+            ours, theirs = start.Pipe()
+            process = start.Process(target=_serve, args=(rank, self.size, port, sys.path, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -83,9 +84,12 @@ class Session:
     ) -> None:
         self.reporter.close()
         self.lock.release()
-        # After an error other ranks may be gone, and leaving the groups would wait for them.
         if kind is None:
             self.engine.close()
+        else:
+            # Other ranks may be gone, and leaving the groups would wait for them. What fails here must not hide the error.
+            with contextlib.suppress(Exception):
+                self.engine.release()
 
 
 # What a checkpoint belongs to: another value here is another model, or another experiment under the same name.

@@ -15,7 +15,7 @@ from megagamma.testing.drill import Broken, Drill, Fault, require
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("forked")]
 
 # The rest is what other tests hold one by one.
-FAST = ("launched twice", "bit flip in checkpoint.json", "never finite")
+FAST = ("launched twice", "bit flip in checkpoint.json")
 
 
 def drill(storage: Path, *arguments: str) -> int:
@@ -28,7 +28,7 @@ def test_faults_that_take_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[
     outcomes = json.loads(output.read_text())["outcomes"]
     assert [outcome["fault"] for outcome in outcomes] == list(FAST)
     assert {outcome["status"] for outcome in outcomes} == {"holds"}
-    assert "3 hold, 0 broken, 0 skipped" in capsys.readouterr().out
+    assert "2 hold, 0 broken, 0 skipped" in capsys.readouterr().out
     assert not (tmp_path / "storage").exists(), "the drill leaves nothing"
 
 

@@ -7,9 +7,11 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import attempt
 from support.ranks import RankPool
 from support.train import batches, build_engine, train_steps
 
@@ -148,15 +150,21 @@ def test_megatron_is_imported_without_the_compiler() -> None:
     assert lines == ["True False", "0 7 9 [{'backend': 'eager'}] geglu", "True"], lines
 
 
-def _threads_after_a_step(arguments: list[str]) -> int:
-    train_steps(arguments, 1)
+def _threads_after(arguments: list[str], fails: bool) -> int:
+    if fails:
+        assert attempt([*arguments, "--guard.on_nan", "stop"], train=True)[0] == "TrainingError"
+    else:
+        train_steps(arguments, 1)
     gc.collect()
     return len(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted where Linux lists them")
-def test_an_engine_that_is_closed_leaves_no_groups(two_ranks: RankPool, data_cache: str) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_engine_that_is_done_leaves_no_groups(
+    two_ranks: RankPool, data_cache: str, tmp_path: Path, fails: bool
+) -> None:
     """Under ZeRO 3 the engine itself stays; with its process groups it left 45 threads."""
-    arguments = ["--data.cache", data_cache, *zero(3)]
-    first, second = (two_ranks.run(_threads_after_a_step, arguments)[0] for _ in range(2))
-    assert second - first < 10
+    arguments = ["--data.cache", data_cache, *zero(3), "--run.folder", str(tmp_path / "run"), "--optimizer.lr", "1e9"]
+    first, second = (two_ranks.run(_threads_after, arguments, fails)[0] for _ in range(2))
+    assert second == first

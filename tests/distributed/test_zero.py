@@ -9,7 +9,7 @@ from support.memory import measure_build
 from support.ranks import RankPool
 from support.train import train_steps
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,11 @@ def test_two_ranks_are_one(
 
 @pytest.mark.ranks
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
-def test_a_model_is_never_whole_while_zero_3_builds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_never_whole_while_zero_3_builds_it() -> None:
     """Each rank holds its half, the module that is being made, and what gathering and drawing it takes."""
-    # glibc told to give freed memory back, see docs/memory.md.
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     arguments = [
-        *("--model.vocab_size", "1024", "--model.hidden_size", "512", "--model.num_layers", "24"),
-        *("--model.ffn_hidden_size", "2048", "--deepspeed_config", "configs/deepspeed/zero3.json"),
+        *("--model.vocab_size", "1024", "--model.hidden_size", "512", "--model.num_layers", "20"),
+        *("--model.ffn_hidden_size", "1024", "--deepspeed_config", "configs/deepspeed/zero3.json"),
     ]
     pool = RankPool(2)
     try:

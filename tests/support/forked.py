@@ -6,7 +6,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megagamma.testing import forked
-from megagamma.testing.forked import context
+from megagamma.testing.ranks import context
 
 __all__ = ["context", "launch"]
 from support.processes import ROOT, SMOKE

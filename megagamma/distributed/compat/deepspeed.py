@@ -118,10 +118,19 @@ def release(engine: Any) -> None:
     """End a DeepSpeed engine, and let go of the process groups that it and its model name.
 
     Under ZeRO 3 hooks of autograd keep engine and model alive, out of reach of Python's collector. With them some fifteen
-    process groups would stay, whose threads look for messages a hundred times a second each.
+    process groups would stay, whose threads look for messages a hundred times a second each. Its weights name one too.
     """
     engine.destroy()
-    for holder in (engine, engine.optimizer, *engine.module.modules()):
-        for name, value in list(vars(holder).items()):
-            if isinstance(value, dist.ProcessGroup) or type(value).__name__ == "ProcessGroupCollection":
+    weights = list(engine.module.parameters())
+    holders = [engine, engine.optimizer, *engine.module.modules(), *weights]
+    # Under ZeRO 3 also what gathers the weights: a part of the optimizer, and what each weight's methods close over.
+    holders += [getattr(engine.optimizer, "parameter_offload", None)]
+    for weight in weights:
+        holders += [
+            cell.cell_contents for cell in getattr(getattr(weight, "partition", None), "__closure__", None) or ()
+        ]
+    for holder in holders:
+        for name, value in list(getattr(holder, "__dict__", {}).items()):
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, dist.ProcessGroup) or type(value).__name__ == "ProcessGroupCollection":
                 vars(holder)[name] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 
@@ -26,6 +27,12 @@ class Straggler(Callback):
         slow = find_straggler(self.session.runtime, self.engine.forward_clock.read())
         if slow is not None:
             step.values |= {"slowest_rank": slow.rank, "slowest_host": slow.host, "slowest_ratio": slow.ratio}
+
+
+@functools.cache
+def _cpu_peak(dtype: torch.dtype, threads: int) -> float:
+    """`measure_matmul_peak`, once in a process."""
+    return measure_matmul_peak(dtype, threads)
 
 
 def is_printed(step: Step, logging: LoggingConfig) -> bool:
@@ -55,7 +62,7 @@ class Metrics(Callback):
         if runtime.device.type == "cuda":
             one = known_peak_flops(torch.cuda.get_device_name(runtime.device))
             return None if one is None else one * runtime.size
-        return measure_matmul_peak(self.engine.dtype) * runtime.size
+        return _cpu_peak(self.engine.dtype, runtime.threads) * runtime.size
 
     def after_step(self, step: Step) -> None:
         """Add speed, utilization, memory and the time left; record and print."""
