@@ -1,25 +1,25 @@
 """Runs started without the seconds that imports cost: forked from a server that has imported everything once.
 
 The ranks are what a launcher starts, without the launcher: one that survives another must end by itself. They end, with a
-checkpoint, when the process that started the server is gone.
+checkpoint, when the process that launched them is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1  # Source: linux/prctl.h
 # Variables of other launchers, which would say who the process is.
 _LAUNCHERS = (
     "SLURM_STEP_ID",
@@ -45,23 +45,29 @@ def context() -> ForkServerContext:
     return found
 
 
-def _end_with_server() -> None:
-    """Ask for SIGTERM when the server, this process' parent, is gone; it goes with the process that started it."""
-    parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
+def _end_with(lifeline: Connection) -> None:
+    """Ask for SIGTERM when the other end of a pipe is gone, which the process that launched this one holds.
+
+    The server that this one was forked from says nothing: it lives on for as long as any that it has forked.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv_bytes()
         os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
 def _main(
+    lifeline: Connection,
     environment: Mapping[str, str],
     arguments: Sequence[str],
     log: Path,
     folder: Path,
     prepare: Callable[[int], None] | None,
 ) -> None:
-    _end_with_server()
+    _end_with(lifeline)
     for name in _LAUNCHERS:
         os.environ.pop(name, None)
     os.environ.update(environment)
@@ -99,13 +105,19 @@ def launch(
         environment: further variables.
     """
     port = free_port()
+    start = context()
+    theirs, ours = start.Pipe(duplex=False)
     found: list[BaseProcess] = []
     for rank in range(size):
         variables = {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {}),
         }  # fmt: skip
-        process = context().Process(target=_main, args=(variables, list(arguments), log, folder, prepare), daemon=True)
+        words = (theirs, variables, list(arguments), log, folder, prepare)
+        process = start.Process(target=_main, args=words, daemon=True)
         process.start()
+        # Held for as long as the process is known here.
+        process.lifeline = ours  # type: ignore[attr-defined]
         found.append(process)
+    theirs.close()
     return found

@@ -182,7 +182,9 @@ class Runner:
         self.free_gpus = sorted([*self.free_gpus, *one.gpus])
         state, seconds = one.state, time.monotonic() - one.began
         code = code_of_point([process.exitcode or 0 for process in one.processes])
-        kind = "behind" if one.is_behind and code == 75 else KINDS.get(code, "failed")
+        kind = KINDS.get(code, "failed")
+        if code in (75, -signal.SIGTERM) and (one.is_behind or self.signal is not None):
+            kind = "behind" if one.is_behind else "stopped"  # also where it had not begun to listen
         problem = "" if kind in ("done", "behind", "stopped") else self._last_error(state, code)
         note_end(state, kind, code, seconds, problem)
         fresh = read_state(state.point, state.hash, state.folder, self.retries)
