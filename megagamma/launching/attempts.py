@@ -149,9 +149,13 @@ class AttemptLog:
                     code,
                     start.get("checkpoint"),
                     after,
-                )  # fmt: skip
+                )
             )
         return found
+
+    def ends(self) -> int:
+        """How often the run was trained to its end, as events.jsonl says."""
+        return sum(event.get("event") == "end" for event in self.folder.events().read())
 
     def has_ended(self, command: str) -> bool:
         """Whether the run has been trained to its end by this very command, so that a requeue has nothing to do.

@@ -103,7 +103,7 @@ def load_site(path: Path | None = None) -> Site:
     )
     pairs = (entry.partition("=") for entry in sourced.stdout.split("\0"))
     values = {name: value for name, _, value in pairs if name.startswith("MEGAGAMMA_")}
-    if not values and "MEGAGAMMA_" in path.read_text(encoding="utf-8", errors="replace"):
+    if not sourced.stdout:
         raise ConfigurationError(
             f"{path}: ends bash when it is sourced ({sourced.stderr.strip()[-300:]}): it must not exit"
         )

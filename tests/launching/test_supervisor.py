@@ -61,6 +61,11 @@ def ends(run: Path) -> list[tuple[str, int | None]]:
     return [(line["kind"], line["checkpoint"]) for line in lines(run, "end")]
 
 
+def metrics_text(run: Path) -> str:
+    file = run / "metrics.jsonl"
+    return file.read_text() if file.exists() else ""
+
+
 def until(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + 30
     while not condition():
@@ -85,7 +90,10 @@ def until(condition: Callable[[], Any]) -> None:
         (["exit 70", "exit 70", "exit 0"], (), 93, [("failed", None)] * 2),
         (["save 4; exit 1", "exit 1", "exit 1", "exit 0"], (), 93, [("failed", 4)] * 3),
         # Not in a row.
-        (["exit 1", "save 4; exit 1", "exit 1", "save 8; exit 0"], (), 0, [("failed", None), ("failed", 4), ("failed", 4), ("done", 8)]),
+        (
+            ["exit 1", "save 4; exit 1", "exit 1", "save 8; exit 0"],
+            (), 0, [("failed", None), ("failed", 4), ("failed", 4), ("done", 8)],
+        ),
         # Each comes further, and they are too many.
         ([f"save {n}; exit 70" for n in (1, 2, 3)], ("--max_failures", "3"), 93, [("failed", n) for n in (1, 2, 3)]),
     ],
@@ -121,6 +129,15 @@ def test_a_finished_run_is_not_started_again(tmp_path: Path) -> None:
     assert len(lines(run, "start")) == 2
 
 
+def test_a_crash_after_the_end_is_none(tmp_path: Path) -> None:
+    """Only an end of this attempt counts: the second one here crashes before it begins."""
+    run = tmp_path / "run"
+    end = """echo '{"event": "end"}' >> "$run/events.jsonl"; kill -SEGV $$"""
+    assert outcome(supervise(run, end))[0] == 0
+    assert outcome(supervise(run, end, "kill -SEGV $$", "exit 0"))[0] == 0
+    assert [kind for kind, _ in ends(run)] == ["done", "failed", "done"]
+
+
 def test_signals(tmp_path: Path) -> None:
     """Without SLURM a preemption saves and starts again, and SIGTERM saves and leaves; preemptions are no failures."""
     run = tmp_path / "run"
@@ -129,7 +146,8 @@ def test_signals(tmp_path: Path) -> None:
         run, waits.format(3, 3), waits.format(5, 5), waits.format(6, 6), options=("--max_failures", "1")
     )
     for number, name in ((3, signal.SIGUSR1), (5, signal.SIGUSR1), (6, signal.SIGTERM)):
-        until(lambda number=number: (run / "metrics.jsonl").exists() and f'"step": {number}' in (run / "metrics.jsonl").read_text())  # type: ignore[misc]  # fmt: skip
+        line = f'{{"step": {number}}}'
+        until(lambda line=line: line in metrics_text(run))  # type: ignore[misc]
         process.send_signal(name)
     code, said = outcome(process)
     assert code == 75, said

@@ -178,7 +178,7 @@ def test_crashes_and_hangs(job: Job, whole: list[float]) -> None:
 
 
 @pytest.mark.slow
-def test_the_time_limit(job: Job, whole: list[float]) -> None:
+def test_the_time_limit(job: Job, cluster: Cluster, whole: list[float]) -> None:
     """SLURM's own signal, half a minute before it is due: saved, requeued, resumed."""
     faults = {"1": ["slow", 0, 1]}
     # Each step of the first attempt waits for the disk, so that it lasts.
@@ -186,7 +186,10 @@ def test_the_time_limit(job: Job, whole: list[float]) -> None:
     job.submit("--time=2", "--signal=B:USR1@60", faults=faults)
     job.ends()
     job.equals(whole)
-    assert job.kinds() == ["preempted", "done"]
+    # The limit holds for each start: a slow machine may meet it more than once.
+    kinds = job.kinds()
+    assert kinds == ["preempted"] * (len(kinds) - 1) + ["done"] and len(kinds) > 1
+    assert int(cluster.field(job.number, "Restarts")) == len(kinds) - 1
 
 
 @pytest.mark.slow
