@@ -29,7 +29,10 @@ read_site() {
   fi
   python=${MEGAGAMMA_PYTHON:-}
   [ -n "$python" ] || { python=$home/.venv/bin/python; [ -x "$python" ] || python=python3; }
-  if [ -n "$file" ]; then PYTHONPATH=$home "$python" -m megagamma.launching.site "$file" || exit 2; fi
+  # Outside of a container, where srun is: its Python needs no torch.
+  host_python=${MEGAGAMMA_HOST_PYTHON:-}
+  [ -n "$host_python" ] || { host_python=$python; [ -z "${MEGAGAMMA_CONTAINER:-}" ] || host_python=python3; }
+  if [ -n "$file" ]; then PYTHONPATH=$home "$host_python" -m megagamma.launching.site "$file" || exit 2; fi
 }
 
 take_snapshot() {    # the first start of a job takes it; a requeue finds it again, whatever was edited since
@@ -39,7 +42,7 @@ take_snapshot() {    # the first start of a job takes it; a requeue finds it aga
   local root=${MEGAGAMMA_CODE_ROOT:-$home/runs/.code}
   local link=$root/job-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
   if [ ! -e "$link" ]; then
-    code=$(PYTHONPATH=$home "$python" -m megagamma.launching.snapshot "$home" "$root") || exit 2
+    code=$(PYTHONPATH=$home "$host_python" -m megagamma.launching.snapshot "$home" "$root") || exit 2
     ln -s "$(basename "$code")" "$link" 2>/dev/null
   fi
   code=$(readlink -f "$link")
@@ -81,7 +84,7 @@ train() {
         "$hosts" "$MASTER_ADDR" "$MASTER_PORT" "$code/megagamma/pretrain.py" --checkpoint.on_damage previous "$@") ;;
     *) fail "MEGAGAMMA_LAUNCHER=$MEGAGAMMA_LAUNCHER: use srun or deepspeed" ;;
   esac
-  local supervise=("$python" -m megagamma.commands supervise ${MEGAGAMMA_SUPERVISE:-})
+  local supervise=("$host_python" -m megagamma.commands supervise ${MEGAGAMMA_SUPERVISE:-})
   if [ -n "${MEGAGAMMA_DRY_RUN:-}" ]; then
     printf '%q ' "${supervise[@]}" -- "${command[@]}"; echo
     exit 0

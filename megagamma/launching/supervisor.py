@@ -257,7 +257,9 @@ class Supervisor:
         code = child.returncode if child.returncode >= 0 else 128 - child.returncode
         kind: Kind = "hung" if hung and self.stop is None else kind_of(code, self.stop, logs)
         if self.log.ends() > ended:
-            kind = "done"  # what went wrong after that, such as a signal or a crash of a library at exit, changes nothing
+            kind = (
+                "done"  # what went wrong after that, such as a signal or a crash of a library at exit, changes nothing
+            )
         attempt = Attempt(number, self.chain, mark, kind, code, before, self.log.newest_step())
         seconds = time.monotonic() - began
         self.log.write("end", number, code=code, kind=kind, seconds=seconds, checkpoint=attempt.after)

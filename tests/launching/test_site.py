@@ -25,8 +25,8 @@ def test_a_site_file_is_read_as_bash_reads_it(tmp_path: Path, monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     path = site(
         tmp_path,
-        "MEGAGAMMA_PARTITION=gpu\nexport MEGAGAMMA_ACCOUNT=$(echo mine)\nmodule load cuda\nexport MEGAGAMMA_SIGNAL_SECONDS=120\n"
-        "MEGAGAMMA_SBATCH='--gpus-per-node=8 --comment=\"a b\"'\nexport NCCL_IB_HCA=mlx5_0,mlx5_1\n",
+        "MEGAGAMMA_PARTITION=gpu\nexport MEGAGAMMA_ACCOUNT=$(echo mine)\nmodule load cuda\n"
+        "export MEGAGAMMA_SIGNAL_SECONDS=120\nMEGAGAMMA_SBATCH='--gpus-per-node=8 --comment=\"a b\"'\nexport NCCL_IB_HCA=mlx5_0,mlx5_1\n",
     )
     found = load_site(path)
     assert found.sbatch_options() == [
@@ -38,7 +38,7 @@ def test_a_site_file_is_read_as_bash_reads_it(tmp_path: Path, monkeypatch: pytes
     ("text", "said"),
     [
         ("if true; then\n", "the site file is no valid bash"),
-        ("export MEGAGAMMA_PARTITON=gpu\n", "MEGAGAMMA_PARTITON is no variable of a site file: did you mean MEGAGAMMA_PARTITION?"),
+        ("export MEGAGAMMA_PARTITON=gpu\n", "is no variable of a site file: did you mean MEGAGAMMA_PARTITION?"),
         ("MEGAGAMMA_SIGNAL_SECONDS=2m\n", "MEGAGAMMA_SIGNAL_SECONDS=2m: must be a whole number of 1 or more"),
         ("MEGAGAMMA_TASKS_PER_NODE=0\n", "MEGAGAMMA_TASKS_PER_NODE=0: must be a whole number of 1 or more"),
         ("MEGAGAMMA_LAUNCHER=mpirun\n", "MEGAGAMMA_LAUNCHER=mpirun: use srun or deepspeed"),
@@ -102,7 +102,7 @@ def test_a_snapshot_is_made_once_per_content(tmp_path: Path) -> None:
     (root / "configs" / "a.yaml").write_text("edited")
     second = snapshot(root, store)
     assert second != first and (first / "configs" / "a.yaml").read_text() == "configs/a.yaml"
-    with pytest.raises(ConfigurationError, match="holds no megagamma/pretrain.py"):
+    with pytest.raises(ConfigurationError, match=r"holds no megagamma/pretrain.py"):
         snapshot(tmp_path, store)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import ROOT
-from support.slurm import Cluster
+from support.slurm import Cluster, until
 
 from megagamma.commands.fake_interrupt import main as fake_interrupt
 from megagamma.errors import ConfigurationError
@@ -47,9 +47,8 @@ def test_jobs_are_submitted_seen_and_cancelled(client: Cluster, tmp_path: Path) 
     assert found[f"{array}_2"].state == "PENDING"
     assert slurm.job_fields(number)["NumNodes"] == "2"
     slurm.cancel([number, array])
-    client.wait(number)
-    found = slurm.jobs([number, array])
-    assert {job.state for job in found.values()} == {"CANCELLED"} and all(job.has_ended for job in found.values())
+    until(lambda: all(job.has_ended for job in slurm.jobs([number, array]).values()), 30)
+    assert {job.state for job in slurm.jobs([number, array]).values()} == {"CANCELLED"}
     assert (tmp_path / "said").read_text() in ("hello world 2\n", "  1\n")
     assert slurm.jobs(["999999"]) == {} and slurm.jobs([]) == {} and slurm.job_fields("999999") == {}
 
@@ -117,14 +116,18 @@ def test_interrupts_that_meet_nothing(client: Cluster, words: list[str], said: s
 
 
 def test_an_interrupt_without_a_supervisor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"no supervisor has started this run: start it with tools/supervise.py"):
+    with pytest.raises(
+        ConfigurationError, match=r"no supervisor has started this run: start it with tools/supervise.py"
+    ):
         fake_interrupt(["preemption", "--folder", str(tmp_path)])
     (tmp_path / "attempts.jsonl").write_text('{"event": "start", "attempt": 1, "pid": 1, "host": "elsewhere"}\n')
     with pytest.raises(ConfigurationError, match="process 1 on elsewhere, is not at work on this machine"):
         fake_interrupt(["preemption", "--folder", str(tmp_path)])
 
 
-def test_a_fake_timeout_of_a_job_that_does_not_listen(client: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fake_timeout_of_a_job_that_does_not_listen(
+    client: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "deaf.sh"
     script.write_text(f"#!/bin/bash\ntrap '' USR1\ntouch {tmp_path}/up\nsleep 60\n")
     number = slurm.submit(script, ["--output=/dev/null"])

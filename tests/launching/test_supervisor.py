@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from support.processes import ROOT
 
+from megagamma.commands.fake_interrupt import main as fake_interrupt
 from megagamma.launching.attempts import Attempt, AttemptLog, failures, fingerprint, is_lost_peer, kind_of
 from megagamma.launching.stacks import RankStack, read_stacks, silent_ranks
 from megagamma.runs.folder import RunFolder
@@ -153,6 +154,16 @@ def test_signals(tmp_path: Path) -> None:
     assert code == 75, said
     assert ends(run) == [("preempted", 3), ("preempted", 5), ("stopped", 6)]
     assert [line["signal"] for line in lines(run, "signal")] == ["SIGUSR1", "SIGUSR1", "SIGTERM"]
+
+
+def test_a_fake_preemption_of_a_supervisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    process = supervise(run, "trap 'stop 3' USR1; step 3; while :; do sleep 0.05; done", "exit 0")
+    until(lambda: "3" in metrics_text(run))
+    assert fake_interrupt(["preemption", "--folder", str(run)]) == 0
+    assert "saved and stopped after" in capsys.readouterr().out
+    assert outcome(process)[0] == 0
+    assert [kind for kind, _ in ends(run)] == ["preempted", "done"]
 
 
 def test_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ class Job:
         return len(metrics(self.folder.path))
 
     def train_until(self, step: int) -> None:
-        until(lambda: self.steps() >= step or self.cluster.state(self.number) in ("FAILED", "COMPLETED"), 100, self.said())
+        until(
+            lambda: self.steps() >= step or self.cluster.state(self.number) in ("FAILED", "COMPLETED"), 100, self.said()
+        )
         assert self.steps() < STEPS, "interrupted on the way"
 
     def said(self) -> str:
@@ -141,7 +143,9 @@ def test_a_lost_node_two_requeues_and_a_finished_run(
     cluster.wait(job.number, "RUNNING")
     # And as a user may try it.
     starts = len(job.lines("start"))
-    until(lambda: len(job.lines("start")) > starts - 1 and "resume" in str(job.folder.events().read()[-1]), 90, job.said())
+    until(
+        lambda: len(job.lines("start")) > starts - 1 and "resume" in str(job.folder.events().read()[-1]), 90, job.said()
+    )
     assert fake_interrupt(["preemption", job.number]) == 0
     assert "saved and stopped after" in capsys.readouterr().out
     job.ends()
@@ -267,8 +271,8 @@ def test_points_do_not_sink_each_other(cluster: Cluster, tmp_path: Path, data_ca
         lines.append(f"{tmp_path / name}\t{config}\n")
     (tmp_path / "points.txt").write_text("".join(lines))
     (tmp_path / "faulty.sh").write_text(
-        "case $SLURM_ARRAY_TASK_ID in 0) export MEGAGAMMA_FAULTS='{\"all\": [\"memory\", 1, 5]}' ;;\n"
-        "1) export MEGAGAMMA_FAULTS='{\"all\": [\"nan\", 0, 5]}' ;; esac\n"
+        'case $SLURM_ARRAY_TASK_ID in 0) export MEGAGAMMA_FAULTS=\'{"all": ["memory", 1, 5]}\' ;;\n'
+        '1) export MEGAGAMMA_FAULTS=\'{"all": ["nan", 0, 5]}\' ;; esac\n'
         f"export MEGAGAMMA_PYTHON={ROOT}/tests/support/faulty_python.sh MEGAGAMMA_TASKS_PER_NODE=1\n"
     )
     array = cluster.submit(
