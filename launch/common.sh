@@ -48,6 +48,25 @@ take_snapshot() {    # the first start of a job takes it; a requeue finds it aga
   code=$(readlink -f "$link")
 }
 
+keep_configs() {    # the same for the configs that the options name: sets `options`
+  options=("$@")
+  [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${MEGAGAMMA_DRY_RUN:-}" ] || return 0
+  local folder=${MEGAGAMMA_CODE_ROOT:-$home/runs/.code}/configs-$SLURM_JOB_ID i name file copy
+  for ((i = 0; i < $#; i++)); do
+    case ${options[i]} in
+      --config=* | --deepspeed_config=*) name=${options[i]%%=*}= file=${options[i]#*=} ;;
+      --config | --deepspeed_config) i=$((i + 1)) name='' file=${options[i]:-} ;;
+      *) continue ;;
+    esac
+    copy=$folder/$i-${file##*/}
+    if [ ! -f "$copy" ]; then
+      [ -f "$file" ] || continue    # pretrain.py says what is wrong with it
+      { mkdir -p "$folder" && cp "$file" "$copy.new" && mv "$copy.new" "$copy"; } || fail "$copy: cannot be written"
+    fi
+    options[i]=$name$copy
+  done
+}
+
 # train OPTIONS...: replaces this shell by the supervisor of a training with these options.
 train() {
   local nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}

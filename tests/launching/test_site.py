@@ -26,7 +26,7 @@ def test_a_site_file_is_read_as_bash_reads_it(tmp_path: Path, monkeypatch: pytes
     path = site(
         tmp_path,
         "MEGAGAMMA_PARTITION=gpu\nexport MEGAGAMMA_ACCOUNT=$(echo mine)\nmodule load cuda\n"
-        "export MEGAGAMMA_SIGNAL_SECONDS=120\nMEGAGAMMA_SBATCH='--gpus-per-node=8 --comment=\"a b\"'\nexport NCCL_IB_HCA=mlx5_0,mlx5_1\n",
+        "export MEGAGAMMA_SIGNAL_SECONDS=120\nMEGAGAMMA_SBATCH='--gpus-per-node=8 --comment=\"a b\"'\n",
     )
     found = load_site(path)
     assert found.sbatch_options() == [

@@ -14,7 +14,7 @@ from support.slurm import Cluster, until
 from megagamma.commands.fake_interrupt import main as fake_interrupt
 from megagamma.errors import ConfigurationError
 from megagamma.launching import slurm
-from megagamma.launching.slurm import SlurmError
+from megagamma.launching.slurm import Partition, SlurmError
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
@@ -55,10 +55,10 @@ def test_jobs_are_submitted_seen_and_cancelled(client: Cluster, tmp_path: Path) 
 
 def test_the_partitions_are_known(client: Cluster) -> None:
     found = slurm.partitions()
-    assert {name: (one.is_default, one.nodes, one.max_nodes, one.cpus, one.gpus, one.minutes) for name, one in found.items()} == {
-        "main": (True, 4, 4, 8, 8, float("inf")),
-        "urgent": (False, 4, 4, 8, 8, 60.0),
-    }  # fmt: skip
+    assert found == {
+        "main": Partition("main", True, 4, 4, 8, 8, float("inf")),
+        "urgent": Partition("urgent", False, 4, 4, 8, 8, 60.0),
+    }
     assert slurm.check_request(None, 4, 8).name == "main"
 
 

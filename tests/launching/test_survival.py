@@ -101,10 +101,15 @@ def job(cluster: Cluster, tmp_path: Path, data_cache: str) -> Job:
     return Job(cluster, tmp_path, data_cache)
 
 
-def test_a_preempted_job_resumes(job: Job, cluster: Cluster, whole: list[float]) -> None:
+def test_a_preempted_job_resumes(job: Job, cluster: Cluster, tmp_path: Path, whole: list[float]) -> None:
     """An urgent job takes all nodes: the run saves within the grace time, is requeued, and ends equal to the bit."""
+    config = tmp_path / "mine.yaml"
+    shutil.copy(ROOT / "configs" / "smoke.yaml", config)
+    job.options[1] = str(config)
     job.submit()
     job.train_until(3)
+    # An edit after the job has started is none of its.
+    config.write_text(config.read_text().replace("lr: 0.003", "lr: 0.001"))
     urgent = cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap", "sleep 1")
     assert cluster.wait(urgent) == "COMPLETED"
     job.ends()
