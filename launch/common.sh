@@ -4,7 +4,7 @@
 fail() { echo "error: $*" >&2; exit 2; }
 
 # From the batch script's first line on, a signal that comes too early is kept for the supervisor.
-megagamma_signalled=
+megagamma_signalled=${megagamma_signalled:-}
 trap 'megagamma_signalled=--preempted' USR1
 
 find_home() {    # sbatch runs a copy of the script, so that its own folder says nothing

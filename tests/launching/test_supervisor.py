@@ -20,11 +20,14 @@ import pytest
 from support.processes import ROOT
 
 from megagamma.commands.fake_interrupt import main as fake_interrupt
+from megagamma.commands.supervise import main, run_folder_of
+from megagamma.errors import ConfigurationError, DistributedError
 from megagamma.launching.attempts import Attempt, AttemptLog, failures, fingerprint, is_lost_peer, kind_of
 from megagamma.launching.stacks import RankStack, read_stacks, silent_ranks
 from megagamma.runs.folder import RunFolder
 
 STAND_IN = r"""
+ulimit -c 0
 run=$1; shift
 n=$(($(cat "$run/count" 2>/dev/null || echo 0) + 1)); echo $n > "$run/count"
 save() { mkdir -p "$run/checkpoints/$(printf 'step_%08d' "$1")"; }
@@ -166,6 +169,42 @@ def test_a_fake_preemption_of_a_supervisor(tmp_path: Path, capsys: pytest.Captur
     assert [kind for kind, _ in ends(run)] == ["preempted", "done"]
 
 
+def test_a_signal_that_came_before_the_supervisor(tmp_path: Path) -> None:
+    """Batch scripts hand it over: nothing is started in a job that is about to end."""
+    run = tmp_path / "run"
+    assert outcome(supervise(run, "exit 0", options=("--preempted",)))[0] == 75
+    assert lines(run, "start") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--folder", "r"], "COMMAND: is missing"),
+        (["--folder", "r", "--max_failures", "0", "--", "true"], "--max_failures=0: must be 1 or more"),
+        (["--folder", "r", "--hang_minutes", "-1", "--", "true"], "--hang_minutes=-1: must be 0 (never) or more"),
+        (["--", "true"], "--folder: the COMMAND is not megagamma/pretrain.py"),
+        (["--", "python", "pretrain.py", "--model.hiden_size", "3"], "hiden_size"),
+    ],
+)
+def test_refusals(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        main(words)
+    assert said in str(error.value)
+
+
+def test_the_folder_is_that_of_the_config(tmp_path: Path) -> None:
+    command = ["srun", "python", "x/pretrain.py", "--config", str(ROOT / "configs" / "smoke.yaml")]
+    assert run_folder_of(command) == Path("runs/smoke")
+    assert run_folder_of([*command, "--run.folder", "other"]) == Path("other")
+    assert run_folder_of([*command, "--run.folder", "r/{name}", "--run.name", "n"]) == Path("r/n")
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no-such-program: cannot be started \(No such file"):
+        main(["--folder", str(tmp_path / "run"), "--", "no-such-program"])
+    assert ends(tmp_path / "run") == [("refused", None)]
+
+
 def test_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = supervise(run, "trap '' USR1; step 1; while :; do sleep 0.05; done")
@@ -242,7 +281,11 @@ def test_ranks_that_wait_for_the_device_are_compared() -> None:
 
 def test_kinds_and_counts(tmp_path: Path) -> None:
     assert kind_of(2, None, tmp_path) == "refused"
-    (tmp_path / "rank-0.log").write_text("error: rank 1: on a: another rank ended, or gave no answer within ...\n")
+    from megagamma.distributed.peers import explain_peer_failure
+
+    with pytest.raises(DistributedError) as lost, explain_peer_failure(30):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    (tmp_path / "rank-0.log").write_text(f"error: rank 1: {lost.value}\n")
     assert is_lost_peer(tmp_path) and kind_of(2, None, tmp_path) == "failed"
     (tmp_path / "rank-1.log").write_text("error: out of memory (of the host): use a smaller model\n")
     assert not is_lost_peer(tmp_path) and kind_of(2, None, tmp_path) == "refused"
