@@ -110,7 +110,7 @@ def test_a_preempted_job_resumes(job: Job, cluster: Cluster, tmp_path: Path, who
     job.train_until(3)
     # An edit after the job has started is none of its.
     config.write_text(config.read_text().replace("lr: 0.003", "lr: 0.001"))
-    urgent = cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--wrap", "sleep 1")
+    urgent = cluster.submit("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     assert cluster.wait(urgent) == "COMPLETED"
     job.ends()
     assert job.kinds() == ["preempted", "done"]
