@@ -4,7 +4,7 @@
 fail() { echo "error: $*" >&2; exit 2; }
 
 # From the batch script's first line on, a signal that comes too early is kept for the supervisor.
-megagamma_signalled=
+megagamma_signalled=${megagamma_signalled:-}
 trap 'megagamma_signalled=--preempted' USR1
 
 find_home() {    # sbatch runs a copy of the script, so that its own folder says nothing
@@ -29,7 +29,10 @@ read_site() {
   fi
   python=${MEGAGAMMA_PYTHON:-}
   [ -n "$python" ] || { python=$home/.venv/bin/python; [ -x "$python" ] || python=python3; }
-  if [ -n "$file" ]; then PYTHONPATH=$home "$python" -m megagamma.launching.site "$file" || exit 2; fi
+  # Outside of a container, where srun is: its Python needs no torch.
+  host_python=${MEGAGAMMA_HOST_PYTHON:-}
+  [ -n "$host_python" ] || { host_python=$python; [ -z "${MEGAGAMMA_CONTAINER:-}" ] || host_python=python3; }
+  if [ -n "$file" ]; then PYTHONPATH=$home "$host_python" -m megagamma.launching.site "$file" || exit 2; fi
 }
 
 take_snapshot() {    # the first start of a job takes it; a requeue finds it again, whatever was edited since
@@ -39,10 +42,29 @@ take_snapshot() {    # the first start of a job takes it; a requeue finds it aga
   local root=${MEGAGAMMA_CODE_ROOT:-$home/runs/.code}
   local link=$root/job-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
   if [ ! -e "$link" ]; then
-    code=$(PYTHONPATH=$home "$python" -m megagamma.launching.snapshot "$home" "$root") || exit 2
+    code=$(PYTHONPATH=$home "$host_python" -m megagamma.launching.snapshot "$home" "$root") || exit 2
     ln -s "$(basename "$code")" "$link" 2>/dev/null
   fi
   code=$(readlink -f "$link")
+}
+
+keep_configs() {    # the same for the configs that the options name: sets `options`
+  options=("$@")
+  [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${MEGAGAMMA_DRY_RUN:-}" ] || return 0
+  local folder=${MEGAGAMMA_CODE_ROOT:-$home/runs/.code}/configs-$SLURM_JOB_ID i name file copy
+  for ((i = 0; i < $#; i++)); do
+    case ${options[i]} in
+      --config=* | --deepspeed_config=*) name=${options[i]%%=*}= file=${options[i]#*=} ;;
+      --config | --deepspeed_config) i=$((i + 1)) name='' file=${options[i]:-} ;;
+      *) continue ;;
+    esac
+    copy=$folder/$i-${file##*/}
+    if [ ! -f "$copy" ]; then
+      [ -f "$file" ] || continue    # pretrain.py says what is wrong with it
+      { mkdir -p "$folder" && cp "$file" "$copy.new" && mv "$copy.new" "$copy"; } || fail "$copy: cannot be written"
+    fi
+    options[i]=$name$copy
+  done
 }
 
 # train OPTIONS...: replaces this shell by the supervisor of a training with these options.
@@ -81,7 +103,7 @@ train() {
         "$hosts" "$MASTER_ADDR" "$MASTER_PORT" "$code/megagamma/pretrain.py" --checkpoint.on_damage previous "$@") ;;
     *) fail "MEGAGAMMA_LAUNCHER=$MEGAGAMMA_LAUNCHER: use srun or deepspeed" ;;
   esac
-  local supervise=("$python" -m megagamma.commands supervise ${MEGAGAMMA_SUPERVISE:-})
+  local supervise=("$host_python" -m megagamma.commands supervise ${MEGAGAMMA_SUPERVISE:-})
   if [ -n "${MEGAGAMMA_DRY_RUN:-}" ]; then
     printf '%q ' "${supervise[@]}" -- "${command[@]}"; echo
     exit 0

@@ -14,6 +14,7 @@
 # Python, modules, container. Words of MEGAGAMMA_CONTAINER come before the command, on every node.
 # module load cuda/12.4
 # export MEGAGAMMA_PYTHON=$HOME/megagamma/.venv/bin/python
+# The supervisor runs outside of the container, with MEGAGAMMA_HOST_PYTHON (python3): it needs no torch.
 # export MEGAGAMMA_CONTAINER="apptainer exec --nv --bind /scratch /images/megagamma.sif"
 
 # One process per GPU of the job's nodes, unless this says another number.

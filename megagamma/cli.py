@@ -8,6 +8,7 @@
 | 3 | stopped by the guard: a loss or gradient that is not finite, a spike, unequal results; or the last steps did nothing |
 | 70 | a failure that was not foreseen: one line names the file of its report |
 | 75 | stopped by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGXCPU after saving a checkpoint: start it again to resume |
+| 93 | a supervisor gave up: failures without progress, or too many; fix the cause before it is started again |
 | 130 | interrupted (Ctrl-C) |
 """
 

@@ -13,6 +13,7 @@ came no further.
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,9 +58,11 @@ def run_folder_of(command: Sequence[str]) -> Path:
     if not programs:
         raise ConfigurationError("--folder: the COMMAND is not megagamma/pretrain.py: give the folder of its run")
     arguments = list(command[programs[0] + 1 :])
-    given = [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "--run.folder"]
+    given = [after for word, after in itertools.pairwise(arguments) if word == "--run.folder"]
     if given and "{" not in given[-1]:
-        return Path(given[-1])  # so that a host needs no more than the standard library where training is in a container
+        return Path(
+            given[-1]
+        )  # so that a host needs no more than the standard library where training is in a container
     from megagamma.config.io import build_parser as options
     from megagamma.config.io import parse_namespace, to_config
     from megagamma.config.resolve import resolve

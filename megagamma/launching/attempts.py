@@ -6,6 +6,7 @@ SLURM: failures are counted within a chain, so that whoever submits a run anew b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
@@ -54,14 +55,13 @@ def fingerprint(command: Sequence[str]) -> str:
     """
     programs = [i for i, word in enumerate(command) if Path(word).name in ("pretrain.py", "pretrain")]
     words = list(command[programs[0] + 1 :]) if programs else list(command)
-    digest = hashlib.sha256("\0".join(words).encode())
+    digest = hashlib.sha256()
     for word in words:
-        path = Path(word.rpartition("=")[2])
-        try:
-            if path.suffix in (".yaml", ".yml", ".json"):
-                digest.update(path.read_bytes())
-        except OSError:
-            continue
+        path, content = Path(word.rpartition("=")[2]), word.encode()
+        if path.suffix in (".yaml", ".yml", ".json"):
+            with contextlib.suppress(OSError):
+                content = path.read_bytes()  # wherever a copy of it lies
+        digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()[:16]
 
 
@@ -149,9 +149,13 @@ class AttemptLog:
                     code,
                     start.get("checkpoint"),
                     after,
-                )  # fmt: skip
+                )
             )
         return found
+
+    def ends(self) -> int:
+        """How often the run was trained to its end, as events.jsonl says."""
+        return sum(event.get("event") == "end" for event in self.folder.events().read())
 
     def has_ended(self, command: str) -> bool:
         """Whether the run has been trained to its end by this very command, so that a requeue has nothing to do.

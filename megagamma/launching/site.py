@@ -1,4 +1,4 @@
-"""What a cluster wants to be told, in one file of shell: launch/site.example.sh. Batch scripts source it; it is checked first."""
+"""What a cluster wants to be told, in a file of shell: launch/site.example.sh. Batch scripts source it, checked first."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ NAMES = {
     "MEGAGAMMA_SIGNAL_SECONDS": "how long before a job's end it is told to save",
     "MEGAGAMMA_CONTAINER": "words before the command on every node, such as apptainer exec --nv IMAGE",
     "MEGAGAMMA_PYTHON": "the Python with torch",
+    "MEGAGAMMA_HOST_PYTHON": "a Python outside of the container, for the supervisor; it needs no torch",
     "MEGAGAMMA_TASKS_PER_NODE": "processes per node, where it is not one per GPU",
     "MEGAGAMMA_LAUNCHER": "srun or deepspeed",
     "MEGAGAMMA_SRUN": "further options of srun",
@@ -70,7 +71,9 @@ def site_file() -> Path | None:
     named = os.environ.get("MEGAGAMMA_SITE")
     if named:
         if not Path(named).is_file():
-            raise ConfigurationError(f"MEGAGAMMA_SITE={named}: there is no such file: copy launch/site.example.sh there")
+            raise ConfigurationError(
+                f"MEGAGAMMA_SITE={named}: there is no such file: copy launch/site.example.sh there"
+            )
         return Path(named)
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     path = Path(config) / "megagamma" / "site.sh"
@@ -103,7 +106,7 @@ def load_site(path: Path | None = None) -> Site:
     )
     pairs = (entry.partition("=") for entry in sourced.stdout.split("\0"))
     values = {name: value for name, _, value in pairs if name.startswith("MEGAGAMMA_")}
-    if not values and "MEGAGAMMA_" in path.read_text(encoding="utf-8", errors="replace"):
+    if not sourced.stdout:
         raise ConfigurationError(
             f"{path}: ends bash when it is sourced ({sourced.stderr.strip()[-300:]}): it must not exit"
         )
@@ -133,10 +136,16 @@ def _check_values(path: Path, values: dict[str, str]) -> None:
             )
     python = values.get("MEGAGAMMA_PYTHON", "")
     if python and not words and shutil.which(python) is None:
-        raise ConfigurationError(f"{path}: MEGAGAMMA_PYTHON={python}: there is no such program: give a Python with torch")
+        raise ConfigurationError(
+            f"{path}: MEGAGAMMA_PYTHON={python}: there is no such program: give a Python with torch"
+        )
 
 
 if __name__ == "__main__":  # of launch/common.sh
     from megagamma.cli import main_guard
 
-    sys.exit(main_guard(lambda: load_site(Path(sys.argv[1])) and None))
+    def check() -> int:
+        load_site(Path(sys.argv[1]))
+        return 0
+
+    sys.exit(main_guard(check))

@@ -57,7 +57,7 @@ class _Refused(SlurmError):
 
     def __init__(self, words: Sequence[str], said: str) -> None:
         self.said = said
-        lines = [re.sub(r"^\w+: (error|fatal): ", "", line) for line in said.splitlines()]
+        lines = [re.sub(r"^\w+: (?:(?:error|fatal): )?", "", line) for line in said.splitlines()]
         super().__init__(f"{words[0]} was refused: {'; '.join(line for line in lines if line) or 'without a reason'}")
 
 

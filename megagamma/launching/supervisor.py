@@ -231,7 +231,7 @@ class Supervisor:
             output = open(logs / ("launcher.log" if self.is_srun else "rank-0.log"), "ab")  # noqa: SIM115
         except OSError as error:
             raise MegagammaError(f"{logs}: cannot be written ({error.strerror}): {advice(error)}") from error
-        before = self.log.newest_step()
+        before, ended = self.log.newest_step(), self.log.ends()
         job = {"job": self.job.id, "restart": self.job.restarts, "nodes": self.job.nodes} if self.job else {}
         words = [word.replace("{logs}", str(logs.absolute())) for word in self.command]
         self.log.write(
@@ -256,6 +256,10 @@ class Supervisor:
         hung = watch.until_end()
         code = child.returncode if child.returncode >= 0 else 128 - child.returncode
         kind: Kind = "hung" if hung and self.stop is None else kind_of(code, self.stop, logs)
+        if self.log.ends() > ended:
+            kind = (
+                "done"  # what went wrong after that, such as a signal or a crash of a library at exit, changes nothing
+            )
         attempt = Attempt(number, self.chain, mark, kind, code, before, self.log.newest_step())
         seconds = time.monotonic() - began
         self.log.write("end", number, code=code, kind=kind, seconds=seconds, checkpoint=attempt.after)

@@ -19,11 +19,15 @@ from typing import Any
 import pytest
 from support.processes import ROOT
 
+from megagamma.commands.fake_interrupt import main as fake_interrupt
+from megagamma.commands.supervise import main, run_folder_of
+from megagamma.errors import ConfigurationError, DistributedError
 from megagamma.launching.attempts import Attempt, AttemptLog, failures, fingerprint, is_lost_peer, kind_of
 from megagamma.launching.stacks import RankStack, read_stacks, silent_ranks
 from megagamma.runs.folder import RunFolder
 
 STAND_IN = r"""
+ulimit -c 0
 run=$1; shift
 n=$(($(cat "$run/count" 2>/dev/null || echo 0) + 1)); echo $n > "$run/count"
 save() { mkdir -p "$run/checkpoints/$(printf 'step_%08d' "$1")"; }
@@ -61,6 +65,11 @@ def ends(run: Path) -> list[tuple[str, int | None]]:
     return [(line["kind"], line["checkpoint"]) for line in lines(run, "end")]
 
 
+def metrics_text(run: Path) -> str:
+    file = run / "metrics.jsonl"
+    return file.read_text() if file.exists() else ""
+
+
 def until(condition: Callable[[], Any]) -> None:
     end = time.monotonic() + 30
     while not condition():
@@ -85,7 +94,10 @@ def until(condition: Callable[[], Any]) -> None:
         (["exit 70", "exit 70", "exit 0"], (), 93, [("failed", None)] * 2),
         (["save 4; exit 1", "exit 1", "exit 1", "exit 0"], (), 93, [("failed", 4)] * 3),
         # Not in a row.
-        (["exit 1", "save 4; exit 1", "exit 1", "save 8; exit 0"], (), 0, [("failed", None), ("failed", 4), ("failed", 4), ("done", 8)]),
+        (
+            ["exit 1", "save 4; exit 1", "exit 1", "save 8; exit 0"],
+            (), 0, [("failed", None), ("failed", 4), ("failed", 4), ("done", 8)],
+        ),
         # Each comes further, and they are too many.
         ([f"save {n}; exit 70" for n in (1, 2, 3)], ("--max_failures", "3"), 93, [("failed", n) for n in (1, 2, 3)]),
     ],
@@ -121,6 +133,15 @@ def test_a_finished_run_is_not_started_again(tmp_path: Path) -> None:
     assert len(lines(run, "start")) == 2
 
 
+def test_a_crash_after_the_end_is_none(tmp_path: Path) -> None:
+    """Only an end of this attempt counts: the second one here crashes before it begins."""
+    run = tmp_path / "run"
+    end = """echo '{"event": "end"}' >> "$run/events.jsonl"; kill -SEGV $$"""
+    assert outcome(supervise(run, end))[0] == 0
+    assert outcome(supervise(run, end, "kill -SEGV $$", "exit 0"))[0] == 0
+    assert [kind for kind, _ in ends(run)] == ["done", "failed", "done"]
+
+
 def test_signals(tmp_path: Path) -> None:
     """Without SLURM a preemption saves and starts again, and SIGTERM saves and leaves; preemptions are no failures."""
     run = tmp_path / "run"
@@ -129,12 +150,59 @@ def test_signals(tmp_path: Path) -> None:
         run, waits.format(3, 3), waits.format(5, 5), waits.format(6, 6), options=("--max_failures", "1")
     )
     for number, name in ((3, signal.SIGUSR1), (5, signal.SIGUSR1), (6, signal.SIGTERM)):
-        until(lambda number=number: (run / "metrics.jsonl").exists() and f'"step": {number}' in (run / "metrics.jsonl").read_text())  # type: ignore[misc]  # fmt: skip
+        line = f'{{"step": {number}}}'
+        until(lambda line=line: line in metrics_text(run))  # type: ignore[misc]
         process.send_signal(name)
     code, said = outcome(process)
     assert code == 75, said
     assert ends(run) == [("preempted", 3), ("preempted", 5), ("stopped", 6)]
     assert [line["signal"] for line in lines(run, "signal")] == ["SIGUSR1", "SIGUSR1", "SIGTERM"]
+
+
+def test_a_fake_preemption_of_a_supervisor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    process = supervise(run, "trap 'stop 3' USR1; step 3; while :; do sleep 0.05; done", "exit 0")
+    until(lambda: "3" in metrics_text(run))
+    assert fake_interrupt(["preemption", "--folder", str(run)]) == 0
+    assert "saved and stopped after" in capsys.readouterr().out
+    assert outcome(process)[0] == 0
+    assert [kind for kind, _ in ends(run)] == ["preempted", "done"]
+
+
+def test_a_signal_that_came_before_the_supervisor(tmp_path: Path) -> None:
+    """Batch scripts hand it over: nothing is started in a job that is about to end."""
+    run = tmp_path / "run"
+    assert outcome(supervise(run, "exit 0", options=("--preempted",)))[0] == 75
+    assert lines(run, "start") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--folder", "r"], "COMMAND: is missing"),
+        (["--folder", "r", "--max_failures", "0", "--", "true"], "--max_failures=0: must be 1 or more"),
+        (["--folder", "r", "--hang_minutes", "-1", "--", "true"], "--hang_minutes=-1: must be 0 (never) or more"),
+        (["--", "true"], "--folder: the COMMAND is not megagamma/pretrain.py"),
+        (["--", "python", "pretrain.py", "--model.hiden_size", "3"], "hiden_size"),
+    ],
+)
+def test_refusals(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        main(words)
+    assert said in str(error.value)
+
+
+def test_the_folder_is_that_of_the_config(tmp_path: Path) -> None:
+    command = ["srun", "python", "x/pretrain.py", "--config", str(ROOT / "configs" / "smoke.yaml")]
+    assert run_folder_of(command) == Path("runs/smoke")
+    assert run_folder_of([*command, "--run.folder", "other"]) == Path("other")
+    assert run_folder_of([*command, "--run.folder", "r/{name}", "--run.name", "n"]) == Path("r/n")
+
+
+def test_a_command_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no-such-program: cannot be started \(No such file"):
+        main(["--folder", str(tmp_path / "run"), "--", "no-such-program"])
+    assert ends(tmp_path / "run") == [("refused", None)]
 
 
 def test_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
@@ -213,7 +281,11 @@ def test_ranks_that_wait_for_the_device_are_compared() -> None:
 
 def test_kinds_and_counts(tmp_path: Path) -> None:
     assert kind_of(2, None, tmp_path) == "refused"
-    (tmp_path / "rank-0.log").write_text("error: rank 1: on a: another rank ended, or gave no answer within ...\n")
+    from megagamma.distributed.peers import explain_peer_failure
+
+    with pytest.raises(DistributedError) as lost, explain_peer_failure(30):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    (tmp_path / "rank-0.log").write_text(f"error: rank 1: {lost.value}\n")
     assert is_lost_peer(tmp_path) and kind_of(2, None, tmp_path) == "failed"
     (tmp_path / "rank-1.log").write_text("error: out of memory (of the host): use a smaller model\n")
     assert not is_lost_peer(tmp_path) and kind_of(2, None, tmp_path) == "refused"

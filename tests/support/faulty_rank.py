@@ -21,7 +21,10 @@ def attempt() -> str:
 
 
 def act(kind: str, trainer: Any) -> None:
-    """Do what the fault is."""
+    """Do what the fault is, without a core file."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if kind == "segfault":
         import ctypes
 
@@ -45,8 +48,6 @@ def act(kind: str, trainer: Any) -> None:
         whole = engine.forward_backward
         engine.forward_backward = lambda batches: whole(batches) * float("nan")
     elif kind == "disk":
-        import resource
-
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     elif kind == "slow":

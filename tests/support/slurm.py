@@ -68,7 +68,7 @@ SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP PriorityTier=1 GraceTime=20
 PartitionName=urgent Nodes=ALL MaxTime=60 DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -104,7 +104,11 @@ class Cluster:
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.bridge = f"mg{port}"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MEGAGAMMA_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "MEGAGAMMA_"))
+        }
         self.env = {**kept, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
         # The tree and the Python under test, wherever the package is installed.
         self.env |= {"MEGAGAMMA_PYTHON": sys.executable, "MEGAGAMMA_HOME": str(ROOT), "XDG_CONFIG_HOME": str(folder)}
@@ -124,7 +128,12 @@ class Cluster:
             for number, name in enumerate(self.names)
         ]
         text = CONFIG.format(
-            gateway=gateway, port=self.port, user=getpass.getuser(), folder=self.folder, nodes="\n".join(lines), kill_wait=5
+            gateway=gateway,
+            port=self.port,
+            user=getpass.getuser(),
+            folder=self.folder,
+            nodes="\n".join(lines),
+            kill_wait=5,
         )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "plugstack.conf").write_text("")
