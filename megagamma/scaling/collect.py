@@ -104,6 +104,7 @@ def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             "failures": state.failures,
             "problem": state.problem,
             "code": state.code[:16],
+            "commit": state.commit,
             **_resolved(state),
         }
         measured = [line for line in state.metrics if any(key.startswith("val/") for key in line)]

@@ -62,6 +62,8 @@ class PointState:
     """What the last failure was."""
     code: str = ""
     """Hash of the code that it ran with last; empty before it is started."""
+    commit: str = ""
+    """Commit of the checkout, with a + where files differ from it; empty outside of one."""
     seconds: float = 0.0
     """Of all attempts, start-up included."""
     training_seconds: float = 0.0
@@ -201,7 +203,8 @@ def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointSt
     state = PointState(point, digest, folder, "pending")
     if not (folder / "point.json").is_file():
         return state
-    state.code = str(read_json(folder / "point.json").get("code", ""))
+    record = read_json(folder / "point.json")
+    state.code, state.commit = str(record.get("code", "")), str(record.get("commit") or "")
     run = RunFolder(folder)
     state.metrics = run.metrics().read()
     state.step = int(state.metrics[-1]["step"]) if state.metrics else 0

@@ -33,7 +33,7 @@ _IRRELEVANT = {
     "run": ("name", "folder", "branch_from", "resume", "threads", "timeout_minutes", "start_minutes"),
     "data": ("paths", "corpus", "cache", "verify"),
     "validation": ("paths",),
-    "checkpoint": ("asynchronous", "on_damage"),
+    "checkpoint": ("interval", "keep_last", "asynchronous", "on_damage"),
     "parallel": ("memory_gib",),
     "logging": ("console_interval", "wandb", "wandb_project", "wandb_group"),
 }

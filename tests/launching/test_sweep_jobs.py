@@ -21,7 +21,7 @@ from megagamma.launching import slurm
 pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
 
 # Where and how often a point was started is not its result.
-NOT_RESULTS = ("attempts", "failures", "problem", "code", "training_seconds")
+NOT_RESULTS = ("attempts", "failures", "problem", "code", "commit", "training_seconds")
 
 
 def write(folder: Path, cache: str, **changes: Any) -> Path:

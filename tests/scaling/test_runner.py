@@ -25,7 +25,7 @@ from megagamma.scaling.spec import StopLost, read_sweep
 
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("forked")]
 # What differs between two sweeps of equal results.
-NOT_RESULTS = ("attempts", "failures", "problem", "code", "training_seconds")
+NOT_RESULTS = ("attempts", "failures", "problem", "code", "commit", "training_seconds")
 
 
 def write(folder: Path, cache: str, **changes: Any) -> Path:
