@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
+from megagamma.cli import source_tree
 from megagamma.commands.inspect_init import config_of
 from megagamma.config.io import build_parser, parse_namespace
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
+from megagamma.files import write_text
 from megagamma.reporting.tables import aligned_table
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ def parser() -> jsonargparse.ArgumentParser:
         help="Ranks to start up to the first step. (default: the first of every pipeline stage)",
     )  # fmt: skip
     found.add_argument("--no_draw", action="store_true", help="Do not draw a slice of the largest matrix.")
+    found.add_argument(
+        "--scaling_out", type=str, default="", metavar="FILE",
+        help="Rehearse nothing: write the page docs/scaling_out.md, from the planner and configs/model/.",
+    )  # fmt: skip
     found.add_argument("--json", action="store_true", help="Print all of it as JSON instead.")
     return found
 
@@ -59,6 +65,12 @@ def ranks_of(text: str) -> list[int] | None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, rehearse, print; returns 1 when a check failed."""
     namespace = parse_namespace(parser(), arguments)
+    if namespace.scaling_out:
+        from megagamma.planning.scaling_out import page
+
+        write_text(namespace.scaling_out, page(source_tree()))
+        print(f"written to {namespace.scaling_out}")
+        return 0
     if not namespace.world_size:
         parallel = namespace.parallel
         namespace.world_size = parallel.tensor * parallel.pipeline * parallel.context
