@@ -73,7 +73,7 @@ TWO = [
     "--deepspeed_config configs/deepspeed/zero3.json --model.hidden_size 63 --model.head_dim 16",
     "--parallel.tensor 2 --deepspeed_config configs/deepspeed/zero0.json --parallel.sequence true",
     "--parallel.pipeline 2 --model.tie_embeddings true --deepspeed_config configs/deepspeed/zero0.json",
-    "--parallel.pipeline 2 --parallel.virtual_pipeline 2 --precision.dtype bf16",
+    pytest.param("--parallel.pipeline 2 --parallel.virtual_pipeline 2 --precision.dtype bf16", marks=pytest.mark.slow),
     "--precision.dtype bf16 --model.hidden_size 62 --model.head_dim 16 --model.attention_gate headwise",
 ]
 FOUR = [

@@ -73,31 +73,35 @@ def laid_out(config: Config, gpus: int, tensor: int, pipeline: int, zero: int, r
 
 
 def layouts(config: Config, gpus: int, zero: int, recompute: str, batch: int) -> Iterator[Choice]:
-    """Every legal layout that keeps tensor parallelism inside a node and at least as many microbatches as stages."""
+    """Legal layouts that keep tensor parallelism inside a node and at least as many microbatches as stages.
+
+    Those with fewer model-parallel ranks come first, and of them those with fewer stages.
+    """
     # ZeRO 3 gathers a module's weights whole; of the plan's assumptions it is the least tried, so it comes with all of a
     # node's tensor parallelism.
-    for pipeline in range(1, config.model.num_layers + 1):
-        for tensor in TENSOR if zero < 3 else TENSOR[-1:]:
-            try:
-                choice = laid_out(config, gpus, tensor, pipeline, zero, recompute, batch)
-            except ConfigurationError:
-                continue
-            if choice.microbatches >= pipeline:
-                yield choice
+    pairs = [
+        (tensor, pipeline)
+        for pipeline in range(1, config.model.num_layers + 1)
+        for tensor in (TENSOR if zero < 3 else TENSOR[-1:])
+        # What the rules would refuse, left out to save their time.
+        if config.model.num_layers % pipeline == 0 and gpus % (tensor * pipeline) == 0
+    ]
+    for tensor, pipeline in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1])):
+        try:
+            choice = laid_out(config, gpus, tensor, pipeline, zero, recompute, batch)
+        except ConfigurationError:
+            continue
+        if choice.microbatches >= pipeline:
+            yield choice
 
 
 def recommend(config: Config, gpus: int, batch: int) -> Choice | None:
-    """The layout with the fewest model-parallel ranks that fits, of them that with the fewest stages; None: none fits."""
+    """The first of `layouts` that fits, in the first of `TIERS` that has one; None: none fits."""
     for zero, recompute in TIERS:
-        fitting = [one for one in layouts(config, gpus, zero, recompute, batch)
-                   if one.memory.worst.device_bytes <= DEVICE_BYTES]  # fmt: skip
-        if fitting:
-            return min(fitting, key=lambda one: (_ranks(one), one.config.parallel.pipeline))
+        for one in layouts(config, gpus, zero, recompute, batch):
+            if one.memory.worst.device_bytes <= DEVICE_BYTES:
+                return one
     return None
-
-
-def _ranks(choice: Choice) -> int:
-    return choice.config.parallel.tensor * choice.config.parallel.pipeline
 
 
 @dataclass(frozen=True)

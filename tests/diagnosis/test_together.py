@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -139,3 +140,26 @@ def test_the_command_on_two_ranks(number: int, tmp_path: Path) -> None:
     assert said[1][0] == "" and found["world_size"] == 2
     checks = [one["check"] for one in found["findings"]]
     assert checks.count("devices") == checks.count("links") == 2 and checks.count("disk") == checks.count("clock") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_a_process_that_is_stopped_is_named(tmp_path: Path) -> None:
+    """By SIGSTOP, while rank 0 measures the disk: the two have come together by then."""
+    port = free_port()
+    processes = [
+        start(rank, 2, port, "--folder", str(tmp_path), "--json", "--deadline", "6", "--mib", "256")
+        for rank in range(2)
+    ]
+    try:
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob(".doctor.*")) and time.monotonic() < end:
+            time.sleep(0.01)
+        processes[1].send_signal(signal.SIGSTOP)
+        out, _ = processes[0].communicate(timeout=200)
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert processes[0].returncode == 1
+    named = [one for one in json.loads(out)["findings"] if one["check"] == "ranks" and one["status"] == "FAIL"]
+    assert [one["rank"] for one in named] == [1] and "within 6 s; it is at: " in named[0]["text"]
