@@ -165,6 +165,9 @@ PUBLISHED = (
     Published("GPT-3 175B", 12288, 96, 96, 96, 32768, 51_200, 2048, 64, 8, 8, 64, _KORTHIKANTI, "selective"),
     Published("MT-NLG 530B", 20480, 105, 128, 128, 54656, 51_200, 2048, 280, 8, 35, 280, _KORTHIKANTI, "selective"),
     Published("GPT 1T", 25600, 128, 160, 160, 68288, 51_200, 2048, 512, 8, 64, 512, _KORTHIKANTI, "selective"),
+    Published("GPT 145.6B", 12288, 80, 96, 96, 32768, 51_200, 2048, 1536, 8, 8, 2304, _NARAYANAN, "full"),
+    Published("GPT 310.1B", 16384, 96, 128, 128, 43712, 51_200, 2048, 1920, 8, 16, 2160, _NARAYANAN, "full"),
+    Published("GPT 529.6B", 20480, 105, 128, 128, 54656, 51_200, 2048, 2520, 8, 35, 2520, _NARAYANAN, "full"),
     Published("GPT 1T", 25600, 128, 160, 160, 68288, 51_200, 2048, 3072, 8, 64, 3072, _NARAYANAN, "full"),
     Published("MT-NLG 530B", 20480, 105, 128, 128, 54656, 51_200, 2048, 4480, 8, 35, 1920, "arXiv 2201.11990", "full"),
     Published("Llama 3 405B", 16384, 128, 128, 8, 53248, 128_256, 8192, 8192, 8, 16, 2048, _LLAMA),
@@ -290,21 +293,21 @@ table.
 
 {measured}
 
-Without sequence parallelism the plan is lower, the more tensor-parallel ranks there are: Megatron-LM keeps inputs of layers
-and masks of dropout whole on each of them.
+The plan is lower the more tensor-parallel ranks there are; what the ranks hold whole without sequence parallelism, such as
+the masks of dropout that this project has not, may be the reason.
 
 Weights, gradients and optimizer alone: [Megatron-LM's own estimate][bytes] is 18 bytes per parameter, and 6 + 12 / d with its
 distributed optimizer over d data-parallel ranks. The plan's ZeRO 1 in bf16 is the same: 2 + 4 + 12 / d.
 
 ## Against published layouts
 
-No memory was published with these; they ran on cards of 80 GB, so that a plan far above it would be wrong. A shape with a GELU
-MLP of 4 h is planned as SwiGLU of 8/3 h, which has as many weights. Llama 3 has 126 layers, which 16 stages do not divide: it
-is planned with 128. Where a source interleaves stages, the plan does not.
+No memory in numbers was published with these; they ran on cards of 80 GB, so that a plan far above it would be wrong. A shape
+with a GELU MLP of 4 h is planned as SwiGLU of 8/3 h, which has as many weights. Llama 3 has 126 layers, one less on the first
+and the last stage: it is planned with 128. Where a source interleaves stages, the plan does not.
 
-For Llama 3 the plan is above 80 GB. Most of it are activations of the 16 microbatches that the first stage holds; the paper
-trains sequences of 8,192 tokens without recomputation, by freeing tensors early, and shards gradients too. Here such a run
-needs recomputation: the last row.
+For Llama 3 the plan is above 80 GB. Most of it are activations of the 16 microbatches that the first stage holds; its authors
+train sequences of 8,192 tokens without recomputation, by freeing tensors early. Here such a run needs recomputation: the last
+row.
 
 {published}
 
