@@ -50,7 +50,7 @@ class OptimizerState:
         self.adam: torch.optim.Optimizer = optimizer if zero_stage == 0 else optimizer.optimizer
         self._create_moments()
 
-    def _flat_parameters(self) -> list[Tensor]:
+    def flat_parameters(self) -> list[Tensor]:
         """What Adam's state is keyed by: the parameters, or this rank's flat fp32 partitions of them."""
         if self.zero_stage == 0:
             return [tensor.parameter for tensor in self.map]
@@ -58,7 +58,7 @@ class OptimizerState:
 
     def _create_moments(self) -> None:
         """Create Adam's state now; torch would at the first step, too late for a checkpoint to be read into it."""
-        for flat in self._flat_parameters():
+        for flat in self.flat_parameters():
             state = self.adam.state[flat]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -114,9 +114,9 @@ class OptimizerState:
     @property
     def step(self) -> int:
         """Updates that Adam has made; its bias correction depends on it."""
-        return int(self.adam.state[self._flat_parameters()[0]]["step"])
+        return int(self.adam.state[self.flat_parameters()[0]]["step"])
 
     @step.setter
     def step(self, value: int) -> None:
-        for flat in self._flat_parameters():
+        for flat in self.flat_parameters():
             self.adam.state[flat]["step"].fill_(value)

@@ -79,7 +79,7 @@ def _engine_facts(arguments: list[str]) -> dict[str, Any]:
     config, engine = build_engine(arguments)
     stage, optimizer = engine.zero_stage, engine.optimizer
     facts: dict[str, Any] = {
-        "moments": engine.state.adam.state[engine.state._flat_parameters()[0]]["exp_avg"].numel() > 0
+        "moments": engine.state.adam.state[engine.state.flat_parameters()[0]]["exp_avg"].numel() > 0
     }
     if stage:
         flat = compat.flat_parameters(optimizer, stage)

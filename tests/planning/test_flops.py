@@ -56,7 +56,8 @@ def stock(model):
 
 def test_presets_are_there():
     assert set(NAMES) == {
-        "1m", "3m", "10m", "17m", "30m", "60m", "160m", "410m", "0.7b", "1b", "3b", "7b", "13b", "70b"
+        "1m", "3m", "10m", "17m", "30m", "60m", "160m", "410m", "0.7b", "1b", "3b", "7b", "13b", "70b",
+        "175b", "1t",
     }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_preset_is_of_the_size_that_its_name_says(name):
     text = next(path for path in PRESETS if path.stem == name).read_text()
     vocabulary = int(re.search(r"vocabulary of ([\d,]+):", text).group(1).replace(",", ""))
     counts = parameter_counts(preset(name, vocab_size=vocabulary, attention_gate="none").model)
-    claimed = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+    claimed = float(name[:-1]) * {"m": 1e6, "b": 1e9, "t": 1e12}[name[-1]]
     found = counts.non_embedding if name in ("0.7b", "1b") else counts.total
     assert 0.9 < found / claimed < 1.21
 

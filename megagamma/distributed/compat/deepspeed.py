@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,38 @@ def flat_parameters(optimizer: Any, stage: int) -> list[Tensor]:
     if hasattr(optimizer, "fp32_groups_flat_partition"):
         return list(optimizer.fp32_groups_flat_partition)
     return list(optimizer.single_partition_of_fp32_groups)
+
+
+def gradient_bytes(optimizer: Any, stage: int, parameters: Iterable[Any]) -> int:
+    """What this rank's gradients take when all of them are there, by the buffers that DeepSpeed has for them.
+
+    Args:
+        parameters: of this rank's model.
+    """
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):
+        return sum(flat.nbytes for flat in optimizer.fp32_groups_gradients_flat)
+    if stage == 3:
+        return int(optimizer.grad_partitions_flat_buffer.nbytes)
+    if stage == 2:
+        itemsize = optimizer.gradient_accumulation_dtype.itemsize
+        return sum(flat.numel() for flat in flat_parameters(optimizer, stage)) * itemsize
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def padded_elements(groups: Sequence[Sequence[int]], stage: int, data_size: int) -> list[int]:
+    """Elements of every group of parameters as DeepSpeed partitions it, its padding included.
+
+    ZeRO 1 and 2 flatten a group and pad it to twice the data-parallel ranks; ZeRO 3 pads each parameter to their number.
+
+    Args:
+        groups: elements of each parameter, by group.
+    """
+    if stage == 0:
+        return [sum(group) for group in groups]
+    if stage == 3:
+        return [sum(-(-count // data_size) * data_size for count in group) for group in groups]
+    unit = 2 * data_size
+    return [-(-sum(group) // unit) * unit for group in groups]
 
 
 def link_moments(optimizer: Any, stage: int) -> None:

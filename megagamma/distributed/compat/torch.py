@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -11,3 +14,41 @@ def process_groups() -> set[Any]:
     """Every process group of this process. torch's own list is private, and Megatron-core only forgets its groups, where
     each keeps threads and sockets until it is destroyed."""
     return set(dist.distributed_c10d._world.pg_map)
+
+
+@contextlib.contextmanager
+def fake_world(rank: int, size: int) -> Iterator[None]:
+    """This process as one rank of a world whose other ranks do not exist.
+
+    Collectives return at once and leave tensors as they are. All process groups are gone afterwards.
+
+    Raises:
+        RuntimeError: this process is in a world already.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the backend "fake"
+
+    if dist.is_initialized():
+        raise RuntimeError("a fake world needs a process that is in no other one")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors made inside have shape, dtype and device, and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    whole = torch.nn.Module.to
+    # It would swap each fake weight for another one, which fails while anything refers to it. All of them are on the
+    # device and of the dtype that they are made with.
+    torch.nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]
+    try:
+        # Constants that libraries made on import are real.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.nn.Module.to = whole  # type: ignore[method-assign]

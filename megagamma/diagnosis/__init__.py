@@ -1,0 +1,1 @@
+"""What of machines, disks, data and network would stop a run, found before it starts."""
