@@ -108,6 +108,11 @@ train() {
     printf '%q ' "${supervise[@]}" -- "${command[@]}"; echo
     exit 0
   fi
+  if [ -n "${MEGAGAMMA_DOCTOR:-}" ]; then
+    # A sick node costs a minute here, and hours later.
+    "${step[@]}" "--ntasks=$((nodes * tasks))" "--ntasks-per-node=$tasks" "$share" "${container[@]}" \
+      "$python" "$code/tools/doctor.py" ${MEGAGAMMA_DOCTOR#1} "$@" || fail "tools/doctor.py found what must be fixed, see above"
+  fi
   echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}; rendezvous $MASTER_ADDR:$MASTER_PORT; code $code"
   trap '' USR1    # until the supervisor listens; one that came before is handed over
   exec "${supervise[@]}" $megagamma_signalled -- "${command[@]}"

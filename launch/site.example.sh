@@ -27,3 +27,6 @@
 # The network of the ranks.
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5_0,mlx5_1
 # export GLOO_SOCKET_IFNAME=ib0
+
+# Examine the nodes before each start (tools/doctor.py); 1, or further options of it.
+# export MEGAGAMMA_DOCTOR="--mib 256"

@@ -1,7 +1,7 @@
 """Examine machines, disks, data and network before a run: by hand, or as the first step of a job on all of its ranks.
 
     megagamma doctor
-    srun megagamma doctor --config mine.yaml --folder /scratch/runs
+    srun megagamma doctor mine.yaml --folder /scratch/runs
 
 Versions, devices and memory, threads and cores, open files; speed and space of the folder of runs; with --config the
 checksums of its data and its tokenizer; between ranks the clocks, links, and the bandwidth of an all-reduce, each with a
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
-from megagamma.config.io import build_parser, parse_namespace, to_config
+from megagamma.config.io import build_parser, files_first, parse_namespace, to_config
 from megagamma.config.resolve import resolve, validate
 from megagamma.config.schema import Config
 from megagamma.environment import (
@@ -76,7 +76,7 @@ def settings_of(namespace: Any, size: int) -> Settings:
 def main(arguments: list[str] | None = None) -> int:
     """Examine and print; returns 1 when something failed. Of several ranks, rank 0 prints; the process then ends at once."""
     size = world_size()
-    namespace = parse_namespace(parser(), arguments)
+    namespace = parse_namespace(parser(), files_first(arguments))
     settings = settings_of(namespace, size)
     from megagamma.diagnosis.examination import examine_alone
     from megagamma.diagnosis.findings import Finding

@@ -1,6 +1,6 @@
 """Rehearse a run at its true size without its machines: start any rank of any layout on one CPU, in seconds.
 
-    megagamma rehearse --config configs/model/70b.yaml --parallel.tensor 8 --parallel.pipeline 16 --world_size 8192
+    megagamma rehearse configs/model/70b.yaml --parallel.tensor 8 --parallel.pipeline 16 --world_size 8192
         --data.micro_batch_size 1 --data.global_batch_size 1024
 
 Every option of a run works here. The ranks that hold different slices are built through the code of a real start, and
@@ -17,7 +17,7 @@ import jsonargparse
 
 from megagamma.cli import source_tree
 from megagamma.commands.inspect_init import config_of
-from megagamma.config.io import build_parser, parse_namespace
+from megagamma.config.io import build_parser, files_first, parse_namespace
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 from megagamma.files import write_text
@@ -64,7 +64,7 @@ def ranks_of(text: str) -> list[int] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, rehearse, print; returns 1 when a check failed."""
-    namespace = parse_namespace(parser(), arguments)
+    namespace = parse_namespace(parser(), files_first(arguments))
     if namespace.scaling_out:
         from megagamma.planning.scaling_out import page
 

@@ -141,6 +141,13 @@ def _explain(error: BaseException) -> str:
     return text if len(text) <= 4 * _SHOWN else f"{text[: 2 * _SHOWN]} ... {text[-_SHOWN:]}"
 
 
+def files_first(arguments: list[str] | None = None) -> list[str]:
+    """A command line whose first words may be config files: `a.yaml b.yaml --run.steps 5` as `--config a.yaml ...`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return [*(item for word in words[:count] for item in ("--config", word)), *words[count:]]
+
+
 def to_config(namespace: Any) -> Config:
     """A parsed jsonargparse namespace as a `Config`.
 

@@ -27,6 +27,7 @@ NAMES = {
     "MEGAGAMMA_LAUNCHER": "srun or deepspeed",
     "MEGAGAMMA_SRUN": "further options of srun",
     "MEGAGAMMA_SUPERVISE": "further options of megagamma supervise",
+    "MEGAGAMMA_DOCTOR": "examine the nodes before each start: 1, or options of megagamma doctor",
     "MEGAGAMMA_CODE": "snapshot of the code that a job runs",
     "MEGAGAMMA_CODE_ROOT": "folder for snapshots of the code",
     "MEGAGAMMA_POINTS": "list of an array's points",
