@@ -101,6 +101,7 @@ def job(cluster: Cluster, tmp_path: Path, data_cache: str) -> Job:
     return Job(cluster, tmp_path, data_cache)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_resumes(job: Job, cluster: Cluster, tmp_path: Path, whole: list[float]) -> None:
     """An urgent job takes all nodes: the run saves within the grace time, is requeued, and ends equal to the bit."""
     config = tmp_path / "mine.yaml"
@@ -235,7 +236,8 @@ def test_a_full_disk_and_a_corrupt_checkpoint(job: Job, cluster: Cluster, whole:
 
 @pytest.mark.slow
 def test_scancel_saves(job: Job, cluster: Cluster, whole: list[float]) -> None:
-    job.submit()
+    """And the nodes are examined before each start, where that is asked for."""
+    job.submit(MEGAGAMMA_DOCTOR="--mib 4")
     job.train_until(5)
     cluster.call("scancel", job.number)
     job.ends("CANCELLED")
@@ -243,6 +245,13 @@ def test_scancel_saves(job: Job, cluster: Cluster, whole: list[float]) -> None:
     assert job.kinds() == ["stopped"]
     assert job.folder.steps() == [job.steps()] and job.steps() < STEPS
     assert cluster.field(job.number, "Restarts") == "0"
+    assert "OK: 0 failed" in job.said() and "2 ranks" in job.said()
+    # A node that fails the examination keeps the run from starting.
+    starts = len(job.lines("start"))
+    job.submit(MEGAGAMMA_DOCTOR="--mib 4 --folder /proc/none")
+    job.ends("FAILED")
+    assert cluster.field(job.number, "ExitCode") == "2:0" and "FAIL" in job.said()
+    assert len(job.lines("start")) == starts
     job.submit()
     job.ends()
     job.equals(whole)

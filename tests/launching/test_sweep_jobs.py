@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.slurm import ROOT, Cluster, until
 from megagamma.commands import sweep as command
 from megagamma.errors import ConfigurationError
 from megagamma.launching import slurm
+from megagamma.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
 
@@ -24,14 +26,18 @@ pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
 NOT_RESULTS = ("attempts", "failures", "problem", "code", "commit", "training_seconds")
 
 
+def options(cache: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "data.cache": cache, "run.steps": 10, "run.threads": 1, "logging.sample_tokens": 0, "validation.interval": 5,
+        "run.device": "cpu", **changes,
+    }  # fmt: skip
+
+
 def write(folder: Path, cache: str, **changes: Any) -> Path:
     values = {
         "name": "study",
         "config": "configs/smoke.yaml",
-        "set": {
-            "data.cache": cache, "run.steps": 10, "run.threads": 1, "logging.sample_tokens": 0, "validation.interval": 5,
-            "run.device": "cpu",
-        },
+        "set": options(cache),
         "axes": {"init.gamma": [0.5, 1.0]},
         "seeds": [1],
         "launch": {"processes": 2, "nodes": 2, "time": "10"},
@@ -70,12 +76,15 @@ def ends(cluster: Cluster, state: Path, submission: str, output: Path) -> list[d
     return jobs
 
 
-def study(cluster: Cluster, tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def study(
+    cluster: Cluster, tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str], meanwhile: Callable[[], Any] = int
+) -> list[dict[str, Any]]:
     """Submit by the one command; afterwards the table is that of the same sweep run here, and a second call does nothing."""
     state, output = tmp_path / "state", tmp_path / "submission.out"
     job = cluster.submit(
         f"--output={output}", "launch/scale_sweep.sh", str(path), "--state", str(state), "--throttle", "2"
     )
+    meanwhile()
     jobs = ends(cluster, state, job, output)
     here = tmp_path / "here"
     assert command.main(["run", str(path), "--state", str(here)]) == 0
@@ -91,9 +100,27 @@ def study(cluster: Cluster, tmp_path: Path, path: Path, capsys: pytest.CaptureFi
 def test_one_command_from_the_plan_to_the_table(
     in_cluster: Cluster, tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache), capsys)
-    assert [job["kind"] for job in jobs] == ["points", "collect"]
+    """And both points are preempted on the way, by an urgent job that takes all nodes: they save, are requeued, and end as
+    if nothing had happened."""
     state = tmp_path / "state"
+
+    def preempt() -> None:
+        until(
+            lambda: len([f for f in state.glob("points/*/metrics.jsonl") if f.read_text().count("\n") >= 3]) == 2, 120
+        )
+        urgent = in_cluster.submit(
+            "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "true"
+        )
+        assert in_cluster.wait(urgent) == "COMPLETED"
+
+    length = {"run.steps": 60, "validation.interval": 30}
+    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache, set=options(data_cache, **length)), capsys, preempt)
+    assert [job["kind"] for job in jobs] == ["points", "collect"]
+    for point in sorted((state / "points").iterdir()):
+        ends = [line["kind"] for line in RunFolder(point).attempts().read() if line["event"] == "end"]
+        assert ends == ["preempted", "done"]
+        lines = RunFolder(point).metrics().read()
+        assert [(line["first_sample"], line["samples"]) for line in lines] == [(8 * n, 8 * n + 8) for n in range(60)]
     text = (tmp_path / "submission.out").read_text()
     assert "differ in init.gamma" in text and "2 points of study, 2 nodes x 1 processes each" in text
     # What ran is the snapshot, on two nodes.

@@ -72,16 +72,16 @@ def steps_of(state: Path, point: str) -> int:
     return sum(len(file.read_text().splitlines()) for file in state.glob(f"points/{point}*/metrics.jsonl"))
 
 
-@pytest.mark.launcher
-def test_kills_change_nothing(tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A point killed, then the runner killed: the same command ends with the table of an undisturbed sweep, to the bit.
+# Long enough to be met on the way.
+LENGTH = {"run.steps": 50, "checkpoint.interval": 10, "validation.interval": 25}
 
-    Of one and of two processes. Then the content, not the name, says what is finished.
-    """
-    axes = {"layout": {"one": {}, "two": {"parallel.tensor": 2, "launch": {"processes": 2}}}}
-    # Long enough to be met on the way.
-    length = {"run.steps": 80, "checkpoint.interval": 20, "validation.interval": 40}
-    path = write(tmp_path, data_cache, axes=axes, seeds=[1], set=length)
+
+@pytest.mark.launcher
+def test_kills_change_nothing(tmp_path: Path, data_cache: str) -> None:
+    """A point killed, then the runner killed: the same command ends with the table of an undisturbed sweep, to the bit."""
+    # Two data-parallel ranks: their number alone makes no other point.
+    axes = {"ranks": {"one": {}, "two": {"guard.replica_interval": 50, "launch": {"processes": 2}}}}
+    path = write(tmp_path, data_cache, axes=axes, seeds=[1], set=LENGTH)
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     assert command.main(["run", str(path), "--state", str(calm), "--at_once", "2"]) == 0
 
@@ -94,34 +94,35 @@ def test_kills_change_nothing(tmp_path: Path, data_cache: str, capsys: pytest.Ca
     runner.wait()
     assert not (rough / "table.csv").exists()
 
-    # Asked to stop, it leaves when its points have saved.
-    runner = start(path, rough)
-    until(lambda: (lock_of(rough) or {}).get("pid") == runner.pid)
-    until(lambda: '"attempt": 3' in (point / "attempts.jsonl").read_text())
-    assert command.main(["cancel", str(path), "--state", str(rough)]) == 0
-    assert runner.wait(60) == 75
-    assert "the same command resumes" in runner.communicate()[0]
-
-    capsys.readouterr()
     assert command.main(["run", str(path), "--state", str(rough), "--at_once", "2"]) == 0
     expected = table(calm)
     assert table(rough) == expected
     assert len(expected) == 2 * 2 and {row["status"] for row in expected} == {"done"}
     last = {row["point"]: float(row["loss"]) for row in expected if row["is_last"] == "True"}
     assert last["one-seed1"] == pytest.approx(last["two-seed1"], rel=1e-5)
-    failed = [json.loads(line) for line in (point / "attempts.jsonl").read_text().splitlines()]
-    assert [line.get("kind") for line in failed if line["event"] == "end"] == ["failed", "stopped", "done"]
-    assert "SIGKILL" in failed[1]["problem"]
+    lines = [json.loads(line) for line in (point / "attempts.jsonl").read_text().splitlines()]
+    assert [line.get("kind") for line in lines if line["event"] == "end"] == ["failed", "done"]
+    assert "SIGKILL" in lines[1]["problem"] and [line["event"] for line in lines] == [
+        "start", "end", "start", "start", "end",
+    ]  # fmt: skip
 
-    # A folder of another name is still the point; another seed is a new one; nothing else runs.
-    (renamed,) = rough.glob("points/one-*")
-    renamed.rename(renamed.with_name("whatever"))
-    capsys.readouterr()
-    path = write(tmp_path, data_cache, axes=axes, seeds=[1, 2], exclude=[{"layout": "two"}], set=length)
-    assert command.main(["run", str(path), "--state", str(rough), "--at_once", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert "2 points, 1 finished" in printed and printed.count(": started") == 1
-    assert [row for row in table(rough) if row["seed"] == "1"] == [r for r in expected if r["layout"] == "one"]
+
+@pytest.mark.slow
+@pytest.mark.launcher
+def test_a_cancelled_sweep_saves_and_resumes(tmp_path: Path, data_cache: str) -> None:
+    length = {**LENGTH, "run.steps": 200}
+    path, state = write(tmp_path, data_cache, axes={"init.gamma": [1.0]}, seeds=[1], set=length), tmp_path / "state"
+    runner = start(path, state)
+    until(lambda: steps_of(state, "gamma1") >= 2)
+    assert command.main(["cancel", str(path), "--state", str(state)]) == 0
+    assert runner.wait(60) == 75
+    assert "the same command resumes" in runner.communicate()[0]
+    stopped = steps_of(state, "gamma1")
+    (point,) = state.glob("points/gamma1*")
+    assert stopped < 200 and [int(c.name[5:]) for c in sorted(point.glob("checkpoints/step_*"))][-1] == stopped
+    assert command.main(["run", str(path), "--state", str(state)]) == 0
+    assert command.main(["run", str(path), "--state", str(tmp_path / "calm")]) == 0
+    assert table(state) == table(tmp_path / "calm")
 
 
 def test_one_bad_point_does_not_sink_the_sweep(
@@ -150,9 +151,19 @@ def test_one_bad_point_does_not_sink_the_sweep(
     printed = capsys.readouterr().out
     assert printed.count(": started") == 1 and "lost-seed1: done" in printed
 
+    # A folder of another name is still the point; another seed is a new one; nothing else runs.
+    before = table(state)
+    (renamed,) = state.glob("points/good-*")
+    renamed.rename(renamed.with_name("whatever"))
+    path = write(tmp_path, data_cache, axes=axes, seeds=[1, 2], exclude=[{"arm": "wild"}, {"arm": "lost"}])
+    assert command.main(["run", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "2 points, 1 finished" in printed and printed.count(": started") == 1
+    assert [row for row in table(state) if row["seed"] == "1"] == [row for row in before if row["arm"] == "good"]
+    path = write(tmp_path, data_cache, axes=axes, seeds=[1])
+
     # Another version of the code is reported, and redone only where asked.
     monkeypatch.setattr(command, "code_hash", lambda: "another")
-    before = table(state)
     assert command.main(["run", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "3 points were finished by another version" in printed and ": started" not in printed
