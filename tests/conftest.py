@@ -33,7 +33,19 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if POOLS & fixtures:
         item.add_marker(pytest.mark.ranks)
     if item.get_closest_marker("xdist_group") is None:
-        item.add_marker(pytest.mark.xdist_group("four ranks" if "four_ranks" in fixtures else str(item.path)))
+        own = str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group("four ranks" if "four_ranks" in fixtures else own))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse to run where pytest-xdist cannot keep the groups together: it would split them without a word."""
+    if getattr(config.option, "loadgroup", False) and items and not items[0].nodeid.endswith(tuple(
+        f"@{mark.args[0]}" for mark in items[0].iter_markers("xdist_group")
+    )):  # fmt: skip
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__}: pytest-xdist loses its groups: use pytest below 9.2, or -n 0"
+        )
 
 
 @pytest.fixture(scope="session")
