@@ -33,7 +33,7 @@ from megagamma.reporting.tables import aligned_table
 from megagamma.runs.lock import read_lock
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
-from megagamma.scaling.folder import PointState, SweepFolder, code_hash, forgive
+from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
 from megagamma.scaling.plan import make_plan, speed_of
 from megagamma.scaling.points import Point, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
@@ -202,7 +202,8 @@ def run(args: argparse.Namespace) -> int:
         prepare_data(points)
         points = expand(sweep, folder.points)  # again, now that vocabularies are known
         states = folder.states(points, sweep.retries)
-        begin(folder, states, args.strict_code, say)
+        notice_other_code(folder, states, args.strict_code, say)
+        register(folder, states)
         say(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
             f"{resources.at_once} at a time, {resources.threads} threads each"
@@ -215,17 +216,25 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def begin(folder: SweepFolder, states: list[PointState], strict_code: bool, say: Callable[[str], None]) -> None:
-    """Report what another version of the code finished, set it aside where asked, and register what will run."""
+def notice_other_code(
+    folder: SweepFolder, states: list[PointState], strict_code: bool, say: Callable[[str], None]
+) -> None:
+    """Report points that another version of the code finished; where asked, set them aside so that they are run again."""
     code = code_hash()
-    others = [state for state in states if state.status in ("done", "behind", "diverged") and state.code != code]
-    if others:
-        what = "they are run again (--strict_code)" if strict_code else "they are kept; --strict_code runs them again"
-        say(
-            f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}"
-        )
+    others = [state for state in states if state.status in FINAL and state.code != code]
+    if not others:
+        return
+    what = "they are run again (--strict_code)" if strict_code else "they are kept; --strict_code runs them again"
+    say(
+        f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}"
+    )
     for state in others if strict_code else ():
         folder.set_aside(state)
+
+
+def register(folder: SweepFolder, states: list[PointState]) -> None:
+    """Write what the points that will run are into their folders."""
+    code = code_hash()
     for state in states:
         if not state.is_final and state.status != "running":
             folder.register(state, code)
@@ -362,14 +371,16 @@ def submit(args: argparse.Namespace) -> int:
 
     def prepared_states() -> list[PointState]:
         prepare_data(points)
-        return folder.states(expand(sweep, folder.points), sweep.retries)
+        states = folder.states(expand(sweep, folder.points), sweep.retries)
+        notice_other_code(folder, states, args.strict_code, say)
+        return states
 
-    def register(states: list[PointState], code: Path) -> None:
+    def register_frozen(states: list[PointState], code: Path) -> None:
         for state in states:
             slurm.freeze(state.point, code)
-        begin(folder, states, args.strict_code, say)
+        register(folder, states)
 
-    return slurm.submit_sweep(args, sweep, folder, points, prepared_states, register, say)
+    return slurm.submit_sweep(args, sweep, folder, points, prepared_states, register_frozen, say)
 
 
 def evaluate(args: argparse.Namespace) -> int:

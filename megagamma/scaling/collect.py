@@ -98,7 +98,7 @@ def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             "flops_per_token": per_token,
             "lr": config.optimizer.lr,
             "lr_tuned": has_tuned_lr,
-            "is_best": best.get(point.comparison, point.group) == point.group if best else not has_tuned_lr,
+            "is_best": not point.tuned or best.get(point.comparison) == point.group,
             "steps": point.steps,
             "attempts": state.attempts,
             "failures": state.failures,

@@ -167,7 +167,7 @@ class SweepFolder:
     def set_aside(self, state: PointState) -> None:
         """Keep a point's folder under another name, so that it is run again."""
         state.folder.rename(first_free(state.folder.parent, f"{state.folder.name}.before-"))
-        state.status = "pending"
+        vars(state).update(vars(PointState(state.point, state.hash, state.folder, "pending")))
 
 
 def note_start(state: PointState) -> None:

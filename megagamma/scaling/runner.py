@@ -109,7 +109,7 @@ class Runner:
         self.running: list[_Running] = []
         self.free_gpus = list(resources.gpus)
         self.signal: str | None = None
-        self._began, self._looked = time.monotonic(), 0.0
+        self._began, self._looked, self._look_took = time.monotonic(), 0.0, 0.0
         self._flops_before = sum(_flops_done(state) for state in states)
 
     def run(self) -> int:
@@ -229,12 +229,14 @@ class Runner:
     def _look(self) -> None:
         """Now and then: the progress, and which running points are behind."""
         now = time.monotonic()
-        if now - self._looked < self.look_seconds:
+        # Files of long runs take a while to read: a twentieth of the time at most.
+        if now - self._looked < max(self.look_seconds, 20 * self._look_took):
             return
         self._looked = now
         for one in self.running:
             one.state.metrics = RunFolder(one.state.folder).metrics().read()
             one.state.step = int(one.state.metrics[-1]["step"]) if one.state.metrics else 0
+        self._look_took = time.monotonic() - now
         if self.stop_lost is not None:
             for one in self.running:
                 if not one.is_behind and is_lost(one.state, self.states, self.stop_lost):

@@ -304,7 +304,10 @@ class _Reader:
                 axis = next((axis for axis in axes if axis.name == name), None)
                 if axis is None:
                     raise self.fail(f"exclude: {name} is not an axis: use {', '.join(axis.name for axis in axes)}")
-                arm = next((arm for arm in axis.arms if value in (arm.value, arm.label)), None)
+                # A label such as 64 is a number in YAML.
+                arm = next(
+                    (arm for arm in axis.arms if value in (arm.value, arm.label) or str(value) == arm.label), None
+                )
                 if arm is None:
                     raise self.fail(
                         f"exclude: {name}={value} is no value of that axis: use {[a.value for a in axis.arms]}"

@@ -98,7 +98,11 @@ def study(
 
 
 def test_one_command_from_the_plan_to_the_table(
-    in_cluster: Cluster, tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]
+    in_cluster: Cluster,
+    tmp_path: Path,
+    data_cache: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And both points are preempted on the way, by an urgent job that takes all nodes: they save, are requeued, and end as
     if nothing had happened."""
@@ -129,8 +133,16 @@ def test_one_command_from_the_plan_to_the_table(
         provenance = json.loads((point / "provenance.json").read_text())
         assert provenance["command"][0] == f"{code}/megagamma/pretrain.py"
         assert len({rank["host"] for rank in provenance["ranks"]}) == 2
-    assert command.main(["status", str(tmp_path / "study.yaml"), "--state", str(state)]) == 0
+    arguments = [str(tmp_path / "study.yaml"), "--state", str(state)]
+    assert command.main(["status", *arguments]) == 0
     assert "2 points: 2 done" in capsys.readouterr().out
+    # Another version of the code is reported, and redone only where asked.
+    monkeypatch.setattr(command, "code_hash", lambda: "another")
+    assert command.main(["submit", *arguments]) == 0
+    assert "2 points were finished by another version" in capsys.readouterr().out and jobs_of(state) == jobs
+    assert command.main(["submit", *arguments, "--strict_code"]) == 0
+    assert "2 to submit" in capsys.readouterr().out and len(list(state.glob("points/*.before-1"))) == 2
+    assert command.main(["cancel", *arguments]) == 0
 
 
 @pytest.mark.slow

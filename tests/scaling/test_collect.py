@@ -71,6 +71,9 @@ def test_what_has_not_all_seeds_is_no_candidate(tmp_path: Path) -> None:
     best, warnings = best_values(sweep, states)
     assert best == {"gamma0.5": "gamma0.5-lr0.004"}
     assert "gamma1: no value of optimizer.lr has finished points of every seed" in warnings
+    assert {row["point"].rpartition("-seed")[0] for row in rows_of(sweep, states) if row["is_best"]} == {
+        "gamma0.5-lr0.004"
+    }
     assert {row["point"]: row["seeds"] for row in summary(sweep, states)}["gamma0.5-lr0.002"] == "1/2, 1 diverged"
     assert [final_loss(state) for state in states if state.point.group == "gamma0.5-lr0.002"] == [0.1, None]
 
