@@ -30,7 +30,9 @@ from megagamma.environment import visible_gpus
 from megagamma.errors import ConfigurationError, DataError
 from megagamma.reporting.log import duration
 from megagamma.reporting.tables import aligned_table
+from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import read_lock
+from megagamma.runs.provenance import source_commit
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
@@ -202,42 +204,54 @@ def run(args: argparse.Namespace) -> int:
         prepare_data(points)
         points = expand(sweep, folder.points)  # again, now that vocabularies are known
         states = folder.states(points, sweep.retries)
-        notice_other_code(folder, states, args.strict_code, say)
-        register(folder, states)
+        slurm.mark_queued(folder, states)
+        code = code_hash()
+        notice_other_code(folder, states, args.strict_code, code, say)
+        register(folder, states, code)
         say(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
             f"{resources.at_once} at a time, {resources.threads} threads each"
         )
         runner = Runner(folder, states, resources, sweep.retries, sweep.stop_lost, say)
-        code = runner.run()
+        result = runner.run()
         if overhead := runner.overhead():
             say(overhead)
         _write_results(sweep, folder, states, args.json)
-    return code
+    return result
 
 
 def notice_other_code(
-    folder: SweepFolder, states: list[PointState], strict_code: bool, say: Callable[[str], None]
+    folder: SweepFolder, states: list[PointState], strict_code: bool, code: str, say: Callable[[str], None]
 ) -> None:
-    """Report points that another version of the code finished; where asked, set them aside so that they are run again."""
-    code = code_hash()
-    others = [state for state in states if state.status in FINAL and state.code != code]
+    """Report points that another version of the code finished or began; where asked, set them aside to be run again."""
+    others = [
+        state
+        for state in states
+        if (state.status in FINAL or RunFolder(state.folder).steps())
+        and state.status not in ("running", "queued")
+        and set(state.codes) != {code}
+    ]
     if not others:
         return
-    what = "they are run again (--strict_code)" if strict_code else "they are kept; --strict_code runs them again"
+    what = (
+        "they are run again (--strict_code)"
+        if strict_code
+        else "they are kept, and unfinished ones go on; --strict_code runs them again"
+    )
     say(
-        f"WARNING {len(others)} points were finished by another version of the code ({others[0].point.name}, ...): {what}"
+        f"WARNING {len(others)} points were trained, in whole or in part, by another version of the code "
+        f"({others[0].point.name}, ...): {what}"
     )
     for state in others if strict_code else ():
         folder.set_aside(state)
 
 
-def register(folder: SweepFolder, states: list[PointState]) -> None:
+def register(folder: SweepFolder, states: list[PointState], code: str) -> None:
     """Write what the points that will run are into their folders."""
-    code = code_hash()
+    commit = source_commit()
     for state in states:
-        if not state.is_final and state.status != "running":
-            folder.register(state, code)
+        if not state.is_final and state.status not in ("running", "queued"):
+            folder.register(state, code, commit)
 
 
 def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], as_json: bool) -> None:
@@ -289,7 +303,7 @@ def status(args: argparse.Namespace) -> int:
     sweep, folder, points = _load(args)
     states = _require_states(folder, points, sweep)
     if args.json:
-        keys = ("hash", "status", "step", "attempts", "failures", "problem", "code", "seconds")
+        keys = ("hash", "status", "step", "attempts", "failures", "problem", "codes", "seconds")
         print(
             json.dumps(
                 [
@@ -369,16 +383,19 @@ def submit(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
+    code = code_hash()
+
     def prepared_states() -> list[PointState]:
         prepare_data(points)
         states = folder.states(expand(sweep, folder.points), sweep.retries)
-        notice_other_code(folder, states, args.strict_code, say)
+        slurm.mark_queued(folder, states)
+        notice_other_code(folder, states, args.strict_code, code, say)
         return states
 
-    def register_frozen(states: list[PointState], code: Path) -> None:
+    def register_frozen(states: list[PointState], tree: Path) -> None:
         for state in states:
-            slurm.freeze(state.point, code)
-        register(folder, states)
+            slurm.freeze(state.point, tree)
+        register(folder, states, code)
 
     return slurm.submit_sweep(args, sweep, folder, points, prepared_states, register_frozen, say)
 

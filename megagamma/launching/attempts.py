@@ -65,6 +65,12 @@ def fingerprint(command: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def blames_a_peer(lines: Sequence[str]) -> bool:
+    """Whether every error in these lines of logs says that another rank went away."""
+    said = [line for line in lines if line.startswith("error: ")]
+    return bool(said) and all(_LOST_PEER in line for line in said)
+
+
 def is_lost_peer(logs: Path) -> bool:
     """Whether all that the ranks of an attempt complain of is that another one went away, as when a network was cut."""
     complaints = []
@@ -76,8 +82,7 @@ def is_lost_peer(logs: Path) -> bool:
         except OSError:
             continue
         complaints += [line for line in lines if line.startswith(("error: ", "srun: error: "))]
-    said = [line for line in complaints if line.startswith("error: ")]
-    return bool(said) and all(_LOST_PEER in line for line in said)
+    return blames_a_peer(complaints)
 
 
 def kind_of(code: int, stop: str | None, logs: Path) -> Kind:

@@ -103,7 +103,7 @@ def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             "attempts": state.attempts,
             "failures": state.failures,
             "problem": state.problem,
-            "code": state.code[:16],
+            "code": " ".join(code[:16] for code in state.codes),
             "commit": state.commit,
             **_resolved(state),
         }

@@ -26,7 +26,6 @@ from megagamma.launching.attempts import AttemptLog
 from megagamma.owned import require_place
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import RunLock, read_lock
-from megagamma.runs.provenance import source_commit
 from megagamma.scaling.points import Point, axes_of, content_hash, data_identity, data_places
 from megagamma.scaling.spec import Sweep
 
@@ -60,8 +59,8 @@ class PointState:
     failures: int = 0
     problem: str = ""
     """What the last failure was."""
-    code: str = ""
-    """Hash of the code that it ran with last; empty before it is started."""
+    codes: tuple[str, ...] = ()
+    """Hashes of the code that it ran with: several where it was resumed with another one; the last is the newest."""
     commit: str = ""
     """Commit of the checkout, with a + where files differ from it; empty outside of one."""
     seconds: float = 0.0
@@ -151,15 +150,20 @@ class SweepFolder:
             states.append(read_state(point, digest, folder, retries))
         return states
 
-    def register(self, state: PointState, code: str) -> None:
-        """Write what a point is into its folder, and its config, before it is started."""
+    def register(self, state: PointState, code: str, commit: str | None) -> None:
+        """Write what a point is into its folder, and its config, before it is started.
+
+        Args: code, commit: `code_hash` and `source_commit` of what will run it.
+        """
         state.point.config.run.folder = str(state.folder)
-        state.code = code
+        # What was trained before goes on, and stays the work of the code that did it.
+        before = [one for one in state.codes if one != code] if RunFolder(state.folder).steps() else []
+        state.codes = (*before, code)
         write_json(
             state.folder / "point.json",
             {
                 "hash": state.hash, "name": state.point.name, "seed": state.point.seed, "labels": state.point.labels,
-                "values": state.point.values, "code": code, "commit": source_commit(),
+                "values": state.point.values, "codes": state.codes, "commit": commit,
             },
         )  # fmt: skip
         save_config(state.point.config, state.folder / "point.yaml")
@@ -176,7 +180,12 @@ def note_start(state: PointState) -> None:
     log = AttemptLog(RunFolder(state.folder))
     chain = f"local-{uuid.uuid4().hex[:8]}"
     log.write(
-        "start", state.attempts, chain=chain, fingerprint=state.hash[:16], checkpoint=log.newest_step(), code=state.code
+        "start",
+        state.attempts,
+        chain=chain,
+        fingerprint=state.hash[:16],
+        checkpoint=log.newest_step(),
+        code=state.codes[-1],
     )
 
 
@@ -204,7 +213,8 @@ def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointSt
     if not (folder / "point.json").is_file():
         return state
     record = read_json(folder / "point.json")
-    state.code, state.commit = str(record.get("code", "")), str(record.get("commit") or "")
+    state.codes = tuple(map(str, record.get("codes") or [record.get("code", "")]))  # `code` until 0.5
+    state.commit = str(record.get("commit") or "")
     run = RunFolder(folder)
     state.metrics = run.metrics().read()
     state.step = int(state.metrics[-1]["step"]) if state.metrics else 0

@@ -24,7 +24,7 @@ from types import FrameType
 from megagamma.environment import cores_of_this_process, visible_gpus
 from megagamma.errors import ConfigurationError
 from megagamma.forked import launch
-from megagamma.reading import read_text
+from megagamma.launching.attempts import blames_a_peer
 from megagamma.reporting.log import duration
 from megagamma.runs.folder import RunFolder
 from megagamma.scaling.collect import first_set
@@ -33,6 +33,7 @@ from megagamma.scaling.spec import StopLost
 
 _POLL_SECONDS = 0.2
 _LOCK_SECONDS = 150.0  # a lock is void after 120
+_TAIL = 1 << 16  # bytes of a point's log that an error is looked for in
 EXIT_STOPPED = 75
 
 
@@ -42,6 +43,8 @@ class _Running:
     processes: list[BaseProcess]
     gpus: list[str]
     began: float
+    log_size: int
+    """Bytes of its log that earlier attempts wrote."""
     is_behind: bool = False
 
 
@@ -103,26 +106,32 @@ class Runner:
         """
         self.folder, self.states, self.resources, self.retries = folder, states, resources, retries
         self.stop_lost, self.say, self.look_seconds = stop_lost, say, look_seconds
-        todo = [state for state in states if not state.is_final]
+        todo = [state for state in states if not state.is_final and state.status != "queued"]
         # The longest first: the others fill the gaps at the end.
         self.todo = collections.deque(sorted(todo, key=lambda state: -state.point.flops))
         self.running: list[_Running] = []
+        self.waited: dict[str, float] = {}
+        """When a point was first found in use by another process, by its name."""
+        self.left = [state.point.name for state in states if state.status == "queued"]
+        """Points that other processes run, or that are in SLURM's queue."""
         self.free_gpus = list(resources.gpus)
         self.signal: str | None = None
         self._began, self._looked, self._look_took = time.monotonic(), 0.0, 0.0
         self._flops_before = sum(_flops_done(state) for state in states)
 
     def run(self) -> int:
-        """Run until no point is left; returns 0, 1 when points were given up, or 75 after a signal."""
+        """Run until no point is left; returns 0, 1 when points were given up, or 75 after a signal or for points of others."""
         handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while self.todo or self.running:
-                while self.todo and len(self.running) < self.resources.at_once and self.signal is None:
-                    self._start(self.todo.popleft())
+                self._start_some()
                 if self.signal is not None and not self.running:
                     break
                 sentinels = [process.sentinel for one in self.running for process in one.processes]
-                connection.wait(sentinels, timeout=_POLL_SECONDS)
+                if sentinels:
+                    connection.wait(sentinels, timeout=_POLL_SECONDS)
+                elif self.todo:
+                    time.sleep(_POLL_SECONDS)
                 for one in list(self.running):
                     if all(process.exitcode is not None for process in one.processes):
                         self._finish(one)
@@ -136,32 +145,58 @@ class Runner:
         if self.signal is not None:
             self.say(f"stopped by {self.signal}; points are saved: the same command resumes")
             return EXIT_STOPPED
-        return 1 if any(state.status == "given up" for state in self.states) else 0
+        if any(state.status == "given up" for state in self.states):
+            return 1
+        if self.left:
+            self.say(
+                f"{len(self.left)} points are left to others ({self.left[0]}, ...): give the command again when they end"
+            )
+            return EXIT_STOPPED
+        return 0
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         """Ask the points to save and leave; at a second signal, end them."""
         hurry = self.signal is not None
         self.signal = signal.Signals(number).name
         for one in self.running:
-            for process in one.processes:
-                process.kill() if hurry else process.terminate()
+            self._end(one, hurry)
+
+    @staticmethod
+    def _end(one: _Running, hurry: bool = False) -> None:
+        for process in one.processes:
+            process.kill() if hurry else process.terminate()
 
     # -- one point -----------------------------------------------------------------------------------------------
 
+    def _start_some(self) -> None:
+        """Start points while there is room; those in use by a process that may be ending are looked at again later."""
+        for _ in range(len(self.todo)):
+            if len(self.running) >= self.resources.at_once or self.signal is not None:
+                return
+            state = self.todo.popleft()
+            if is_running(state.folder):
+                self._wait_for(state)
+            else:
+                self._start(state)
+
+    def _wait_for(self, state: PointState) -> None:
+        name, now = state.point.name, time.monotonic()
+        if name not in self.waited:
+            self.waited[name] = now
+            self.say(f"{name}: in use by another run: waiting for it to end")
+        if now - self.waited[name] < _LOCK_SECONDS:
+            self.todo.append(state)
+            return
+        self.say(f"{name}: is run by another process: left to it")
+        state.status = "running"
+        self.left.append(name)
+
     def _start(self, state: PointState) -> None:
         point = state.point
-        waited = time.monotonic()
-        if is_running(state.folder):
-            self.say(f"{point.name}: still in use by a run that is ending: waiting")
-        while is_running(state.folder) and time.monotonic() - waited < _LOCK_SECONDS and self.signal is None:
-            time.sleep(_POLL_SECONDS)
-        if is_running(state.folder):
-            self.say(f"{point.name}: is run by another process: left to it")
-            return
-        # What that run did in the meantime counts.
+        # What another run of it did in the meantime counts.
         fresh = read_state(point, state.hash, state.folder, self.retries)
-        vars(state).update({**vars(fresh), "code": state.code})
-        if state.is_final or self.signal is not None:
+        vars(state).update(vars(fresh))
+        if state.is_final:
             return
         size = point.launch.processes
         gpus = [self.free_gpus.pop(0) for _ in range(size)] if self.resources.gpus else []
@@ -171,9 +206,13 @@ class Runner:
         if not point.config.run.threads:
             arguments.append(f"--run.threads={self.resources.threads}")
         log = (self.folder.logs / f"{point.name}.log").absolute()
+        log_size = log.stat().st_size if log.exists() else 0
         processes = launch(size, arguments, log, Path.cwd(), environment=environment)
         state.status = "running"
-        self.running.append(_Running(state, processes, gpus, time.monotonic()))
+        self.running.append(_Running(state, processes, gpus, time.monotonic(), log_size))
+        if self.signal is not None:
+            # It came while they were started, and has not reached them.
+            self._end(self.running[-1])
         resumed = f", from step {state.step}" if state.step and RunFolder(state.folder).steps() else ""
         self.say(f"{point.name}: started{resumed}{f', attempt {state.attempts}' if state.attempts > 1 else ''}")
 
@@ -182,15 +221,19 @@ class Runner:
         self.free_gpus = sorted([*self.free_gpus, *one.gpus])
         state, seconds = one.state, time.monotonic() - one.began
         code = code_of_point([process.exitcode or 0 for process in one.processes])
-        kind = KINDS.get(code, "failed")
+        kind, problem = KINDS.get(code, "failed"), ""
         if code in (75, -signal.SIGTERM) and (one.is_behind or self.signal is not None):
             kind = "behind" if one.is_behind else "stopped"  # also where it had not begun to listen
-        problem = "" if kind in ("done", "behind", "stopped") else self._last_error(state, code)
+        elif kind == "done" and read_state(state.point, state.hash, state.folder, self.retries).status != "done":
+            kind, problem = "failed", "ended with exit code 0 before its last step"
+        elif kind not in ("done", "stopped"):
+            errors = self._errors(one)
+            if kind == "refused" and blames_a_peer(errors):
+                kind = "failed"
+            problem = errors[-1].removeprefix("error:").strip()[:400] if errors and code > 0 else _ending(code)
         note_end(state, kind, code, seconds, problem)
         fresh = read_state(state.point, state.hash, state.folder, self.retries)
-        vars(state).update({**vars(fresh), "code": state.code})
-        if kind == "done" and state.status != "done":
-            kind, state.status = "failed", "failed"
+        vars(state).update(vars(fresh))
         self.say(f"{state.point.name}: {self._describe(state, kind, seconds)}; {self._progress()}")
         if not state.is_final and self.signal is None:
             self.todo.append(state)
@@ -213,16 +256,13 @@ class Runner:
         )
         return f"failed {where}, {again}: {state.problem}"
 
-    def _last_error(self, state: PointState, code: int) -> str:
-        """The last error that a point printed, or what its exit code says."""
-        with contextlib.suppress(OSError, ValueError):
-            lines = read_text(self.folder.logs / f"{state.point.name}.log", 1 << 26).splitlines()
-            error = next((line for line in reversed(lines) if line.startswith("error:")), "")
-            if error and code > 0:
-                return error.removeprefix("error:").strip()[:400]
-        if code < 0:
-            return f"ended by {signal.Signals(-code).name}"
-        return f"exit code {code}"
+    def _errors(self, one: _Running) -> list[str]:
+        """The errors that a point has printed since it was started; those of the end, where it printed much."""
+        with contextlib.suppress(OSError), open(self.folder.logs / f"{one.state.point.name}.log", "rb") as file:
+            file.seek(max(one.log_size, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+            return [line for line in lines if line.startswith("error: ")]
+        return []
 
     # -- all points ----------------------------------------------------------------------------------------------
 
@@ -241,8 +281,7 @@ class Runner:
             for one in self.running:
                 if not one.is_behind and is_lost(one.state, self.states, self.stop_lost):
                     one.is_behind = True
-                    for process in one.processes:
-                        process.terminate()
+                    self._end(one)
         if sys.stdout.isatty():
             print(f"\r{self._progress()[: os.get_terminal_size().columns - 1]:<60}", end="", flush=True)
 
@@ -270,11 +309,16 @@ class Runner:
 def code_of_point(codes: list[int]) -> int:
     """Exit code of a point from those of its ranks; negative for a signal.
 
-    A rank that was killed leaves the others with codes of their own, since they lost it: its is the cause.
+    A rank that was killed or crashed leaves the others with codes of their own, 2 for the most part, since they lost it: its
+    own is the cause.
     """
     killed = [code for code in codes if code < 0]
-    others = [code for code in codes if code not in (0, 75)]
+    others = sorted((code for code in codes if code not in (0, 75)), key=lambda code: code == 2)
     return killed[0] if killed else 3 if 3 in codes else others[0] if others else max(codes)
+
+
+def _ending(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _flops_done(state: PointState) -> float:

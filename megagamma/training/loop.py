@@ -42,6 +42,8 @@ class Trainer:
             if session.step >= session.steps:
                 reporter.print(f"{session.folder.path}: all {session.steps} steps are done already")
                 self._check_result()
+                # Also where the run was killed between its last checkpoint and its end, which others wait for.
+                reporter.event("end", step=session.step, seconds=session.seconds)
                 return 0
             reporter.print(session.describe())
             for callback in self.callbacks:

@@ -181,7 +181,7 @@ def test_a_tuned_point_that_is_behind_is_ended(tmp_path: Path, data_cache: str) 
     with folder.lock():
         folder.claim(sweep)
         states = folder.states(expand(sweep, folder.points), sweep.retries)
-        command.register(folder, states)
+        command.register(folder, states, command.code_hash())
         said: list[str] = []
         runner = Runner(folder, states, divide(2, 1, False), 0, sweep.stop_lost, said.append, look_seconds=0.1)
 
@@ -228,7 +228,7 @@ def test_refusals(tmp_path: Path, data_cache: str) -> None:
 
 @pytest.mark.parametrize(
     ("codes", "code"),
-    [([0, 0], 0), ([75, 75], 75), ([2, -9], -9), ([3, 3], 3), ([2, 3], 3), ([0, 70], 70), ([75, 2], 2)],
+    [([0, 0], 0), ([75, 75], 75), ([2, -9], -9), ([3, 3], 3), ([2, 3], 3), ([0, 70], 70), ([75, 2], 2), ([2, 1], 1)],
 )
 def test_the_cause_among_ranks(codes: list[int], code: int) -> None:
     assert code_of_point(codes) == code
