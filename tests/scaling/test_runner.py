@@ -166,7 +166,7 @@ def test_one_bad_point_does_not_sink_the_sweep(
     monkeypatch.setattr(command, "code_hash", lambda: "another")
     assert command.main(["run", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "3 points were finished by another version" in printed and ": started" not in printed
+    assert "3 points were trained, in whole or in part, by another version" in printed and ": started" not in printed
     assert command.main(["run", *arguments, "--strict_code"]) == 0
     assert capsys.readouterr().out.count(": started") == 3
     assert table(state) == before
