@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.built
 # One worker per core, four at most: each may start seven ranks, of half a gigabyte each. WORKERS='-n 0': one after the other.
-WORKERS ?= -n auto --maxprocesses 4 --dist loadgroup
+WORKERS ?= -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: env demo test test-fast test-all lint typecheck format clean
+.PHONY: env demo test test-fast test-slurm test-all lint typecheck format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -26,6 +26,10 @@ test: env
 # The inner loop: what needs neither several processes nor a whole command line.
 test-fast: env
 	$(BIN)/python -m pytest tests $(WORKERS) -m "not slow and not launcher and not ranks"
+
+# The long drills of studies: preemption, hangs, crashes, lost nodes and full disks on a real SLURM.
+test-slurm: env
+	$(BIN)/python -m pytest tests/launching tests/scaling $(WORKERS) -m slow
 
 # Whole matrices and long drills too.
 test-all: env

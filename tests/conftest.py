@@ -22,6 +22,8 @@ from support.ranks import RankPool
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS = {"two_ranks", "four_ranks"}
+# Groups of several minutes: begun last, they would keep one worker busy while the others have nothing left.
+LONG = ("slurm", "forked", "four ranks")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -39,7 +41,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse to run where pytest-xdist cannot keep the groups together: it would split them without a word."""
+    """Put long groups first. Refuse to run where pytest-xdist cannot keep groups together: it would split them silently."""
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(next(item.iter_markers("xdist_group")).args[0], len(LONG)))
     if getattr(config.option, "loadgroup", False) and items and not items[0].nodeid.endswith(tuple(
         f"@{mark.args[0]}" for mark in items[0].iter_markers("xdist_group")
     )):  # fmt: skip
