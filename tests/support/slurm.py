@@ -86,12 +86,12 @@ def why_not() -> str:
     return ""
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120, what: str = "") -> Any:
     """Wait for a condition; returns its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds} s in vain for {what or condition}"
-        time.sleep(0.1)
+        time.sleep(0.05)
     return value
 
 
