@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megagamma.errors import ConfigurationError
+from megagamma.launching.sbatch_options import Option
 from megagamma.launching.site import NAMES, load_site, site_file
 from megagamma.launching.snapshot import snapshot
 
@@ -29,7 +30,7 @@ def test_a_site_file_is_read_as_bash_reads_it(tmp_path: Path, monkeypatch: pytes
         "export MEGAGAMMA_SIGNAL_SECONDS=120\nMEGAGAMMA_SBATCH='--gpus-per-node=8 --comment=\"a b\"'\n",
     )
     found = load_site(path)
-    assert found.sbatch_options() == [
+    assert [str(option) for option in found.sbatch_options()] == [
         "--partition=gpu", "--account=mine", "--signal=B:USR1@120", "--gpus-per-node=8", "--comment=a b",
     ]  # fmt: skip
 
@@ -76,7 +77,7 @@ def test_the_example_is_valid_as_it_is_and_uncommented(tmp_path: Path, root: Pat
     image = tmp_path / "megagamma.sif"
     image.touch()
     text = "\n".join(lines).replace("/images/megagamma.sif", str(image))
-    assert "--partition=gpu" in load_site(site(tmp_path, text)).sbatch_options()
+    assert Option("partition", "gpu") in load_site(site(tmp_path, text)).sbatch_options()
 
 
 def checkout(folder: Path) -> Path:

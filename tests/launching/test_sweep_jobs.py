@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.slurm import ROOT, Cluster, until
+from support.sweeps import table, write_study
 
 from megagamma.commands import sweep as command
 from megagamma.errors import ConfigurationError
@@ -22,35 +21,16 @@ from megagamma.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
 
-# Where and how often a point was started is not its result.
-NOT_RESULTS = ("attempts", "failures", "problem", "code", "commit", "training_seconds")
-
-
-def options(cache: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "data.cache": cache, "run.steps": 10, "run.threads": 1, "logging.sample_tokens": 0, "validation.interval": 5,
-        "run.device": "cpu", **changes,
-    }  # fmt: skip
+BASE = {
+    "set": {"run.steps": 10, "run.threads": 1, "validation.interval": 5, "run.device": "cpu"},
+    "axes": {"init.gamma": [0.5, 1.0]},
+    "seeds": [1],
+    "launch": {"processes": 2, "nodes": 2, "time": "10"},
+}  # fmt: skip
 
 
 def write(folder: Path, cache: str, **changes: Any) -> Path:
-    values = {
-        "name": "study",
-        "config": "configs/smoke.yaml",
-        "set": options(cache),
-        "axes": {"init.gamma": [0.5, 1.0]},
-        "seeds": [1],
-        "launch": {"processes": 2, "nodes": 2, "time": "10"},
-        **changes,
-    }  # fmt: skip
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-def table(state: Path) -> list[dict[str, str]]:
-    with open(state / "table.csv") as file:
-        return [{key: row[key] for key in row if key not in NOT_RESULTS} for row in csv.DictReader(file)]
+    return write_study(folder, cache, BASE, **changes)
 
 
 def jobs_of(state: Path) -> list[dict[str, Any]]:
@@ -118,7 +98,7 @@ def test_one_command_from_the_plan_to_the_table(
         assert in_cluster.wait(urgent) == "COMPLETED"
 
     length = {"run.steps": 60, "validation.interval": 30}
-    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache, set=options(data_cache, **length)), capsys, preempt)
+    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache, set=length), capsys, preempt)
     assert [job["kind"] for job in jobs] == ["points", "collect"]
     for point in sorted((state / "points").iterdir()):
         ends = [line["kind"] for line in RunFolder(point).attempts().read() if line["event"] == "end"]
@@ -183,7 +163,7 @@ def test_queued_points_are_left_alone_and_cancelled(
 REFUSED = [
     ({}, ["--partition", "none"], "--partition=none: this cluster has no such partition: use main or urgent"),
     ({"launch": {"processes": 16, "nodes": 8}, "set": {"data.global_batch_size": 16}}, [], "at most 4 nodes"),
-    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9}}, [], "have 8 GPUs: ask for fewer"),
+    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9, "run.device": "auto"}}, [], "have 8 GPUs: ask for fewer"),
     ({}, ["--throttle", "-1"], "--throttle -1 must be 0"),
 ]  # fmt: skip
 
@@ -192,8 +172,6 @@ REFUSED = [
 def test_refused_before_anything_is_submitted(
     in_cluster: Cluster, tmp_path: Path, data_cache: str, changes: dict[str, Any], more: list[str], message: str
 ) -> None:
-    if "set" in changes:
-        changes = {**changes, "set": {"data.cache": data_cache, **changes["set"]}}
     path, state = write(tmp_path, data_cache, **changes), tmp_path / "state"
     with pytest.raises(ConfigurationError) as refused:
         command.main(["submit", str(path), "--state", str(state), *more])
