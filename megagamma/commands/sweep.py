@@ -375,7 +375,9 @@ def submit(args: argparse.Namespace) -> int:
         states = _states(folder, points, sweep)
         lacks_torch = not args.device and find_spec("torch") is None
         if args.plan and lacks_torch:
-            say("WARNING no plan: this Python has no torch to measure its speed with: name the GPU, such as --device H100")
+            say(
+                "WARNING no plan: this Python has no torch to measure its speed with: name the GPU, such as --device H100"
+            )
         if (args.plan and not lacks_torch) or args.device or args.mfu is not None:
             speed = speed_of(states, args.device, args.mfu, bool(visible_gpus()))
             if on_gpus and speed.device == "cpu":

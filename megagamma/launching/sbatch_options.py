@@ -99,11 +99,11 @@ def gpus_per_node(options: Sequence[Option]) -> int | None:
         if option.name not in ("gpus-per-node", "gres") or not names_gpus(option):
             continue
         count = 0
-        for entry in (option.value or "").split(","):
+        for entry in re.sub(r"\([^)]*\)", "", option.value or "").split(","):
             words = entry.split(":")
             if option.name == "gres" and words[0] != "gpu":
                 continue
-            last = re.sub(r"\(.*", "", words[-1])
+            last = words[-1]
             if not last.isdigit() and option.name == "gpus-per-node":
                 return None
             count += int(last) if last.isdigit() else 1

@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--throttle", type=int, default=0, metavar="N", help="points of a size at a time (default: all)"
     )
-    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch for the points")
+    parser.add_argument(
+        "--sbatch",
+        default="",
+        metavar="OPTIONS",
+        help="options of sbatch for the points: --sbatch='--mem=0'",
+    )
     parser.add_argument(
         "--follow_sbatch", metavar="OPTIONS",
         help="options of sbatch for collection and evaluation (default: MEGAGAMMA_FOLLOW_SBATCH; an hour, and four hours and "

@@ -142,7 +142,9 @@ def test_queued_points_are_left_alone_and_cancelled(
     in_cluster.wait(blocker, "RUNNING")
     path, state = write(tmp_path, data_cache), tmp_path / "state"
     arguments = [str(path), "--state", str(state)]
-    assert command.main(["submit", *arguments]) == 0
+    # Scoring is chained too, and is not lost when a later call does not repeat it.
+    follow = ["--follow_sbatch=--time=7"]
+    assert command.main(["submit", *arguments, "--evaluate", "--tasks quick", *follow]) == 0
     first = jobs_of(state)
     assert command.main(["submit", *arguments]) == 0
     assert "2 queued or running, 0 given up, 0 to submit" in capsys.readouterr().out
@@ -150,7 +152,20 @@ def test_queued_points_are_left_alone_and_cancelled(
     # A longer sweep: only the new points are submitted.
     path = write(tmp_path, data_cache, seeds=[1, 2])
     assert command.main(["submit", *arguments]) == 0
-    assert "2 queued or running, 0 given up, 2 to submit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 queued or running, 0 given up, 2 to submit" in said
+    # One table at the end, of all: the first collection would have written it without the new points.
+    kinds = [(job["kind"], job["job"]) for job in jobs_of(state)]
+    assert [kind for kind, _ in kinds] == ["points", "collect", "evaluate", "points", "collect", "evaluate"]
+    old, collect, evaluate, new, last, scores = (number for _, number in kinds)
+    assert {in_cluster.state(number) for number in (collect, evaluate)} == {"CANCELLED"}
+    assert f"cancelled jobs {collect}, {evaluate}, in whose place these are" in said
+    after = in_cluster.field(last, "Dependency")
+    assert f"afterany:{old}_*" in after and f"afterany:{new}_*" in after and in_cluster.state(last) == "PENDING"
+    assert in_cluster.field(scores, "Dependency") == f"afterany:{last}(unfulfilled)"
+    assert in_cluster.field(last, "TimeLimit") == "01:00:00" and in_cluster.field(evaluate, "TimeLimit") == "00:07:00"
+    # Each submission has files of its own, also within a second.
+    assert len(list((state / "slurm").glob("study-*.txt"))) == 2 == len(list((state / "slurm").glob("*.yaml")))
     assert command.main(["status", *arguments]) == 0
     assert "4 points: 4 queued" in capsys.readouterr().out
     assert command.main(["cancel", *arguments]) == 0
@@ -163,8 +178,14 @@ def test_queued_points_are_left_alone_and_cancelled(
 REFUSED = [
     ({}, ["--partition", "none"], "--partition=none: this cluster has no such partition: use main or urgent"),
     ({"launch": {"processes": 16, "nodes": 8}, "set": {"data.global_batch_size": 16}}, [], "at most 4 nodes"),
-    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9, "run.device": "auto"}}, [], "have 8 GPUs: ask for fewer"),
+    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9, "run.device": "auto"}}, [], "have 8 GPUs: ask"),
     ({}, ["--throttle", "-1"], "--throttle -1 must be 0"),
+    ({}, ["--sbatch=-p none"], "--partition=none: this cluster has no such partition"),
+    ({}, ["--partition=urgent,none"], "--partition=none: this cluster has no such partition"),
+    ({"launch": {"processes": 2, "nodes": 2, "time": "2:00:00"}}, ["--sbatch", "-p urgent"],
+     "points of study: launch.time=2:00:00: partition urgent gives a job at most 60 minutes"),
+    ({}, ["--follow_sbatch=--gpus-per-node=9"], "--gpus-per-node=9: nodes of partition main have 8"),
+    ({"set": {"parallel.memory_gib": 0.001}}, [], "point gamma0.5-seed1: "),
 ]  # fmt: skip
 
 
@@ -176,7 +197,8 @@ def test_refused_before_anything_is_submitted(
     with pytest.raises(ConfigurationError) as refused:
         command.main(["submit", str(path), "--state", str(state), *more])
     assert message in str(refused.value)
-    assert not (state / "slurm").exists()
+    assert not (state / "slurm" / "jobs.jsonl").exists()
+    assert in_cluster.call("squeue", "--noheader").strip() == "", "nor is anything half submitted"
 
 
 def test_a_site_file_is_used_and_checked(
@@ -194,6 +216,34 @@ def test_a_site_file_is_used_and_checked(
         with pytest.raises(ConfigurationError, match=message):
             command.main(["submit", str(path), "--state", str(state)])
         assert not (state / "slurm").exists()
+
+
+def test_variables_reach_every_rank(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a site keeps the environment from jobs, and its file names another number of processes."""
+    site, python = tmp_path / "site.sh", tmp_path / "python.sh"
+    # In place of training: says who it is, and ends as for a mistake of the user's.
+    python.write_text(
+        f'#!/bin/bash\necho "$MEGAGAMMA_POINTS" > {tmp_path}/rank-$SLURM_PROCID-of-$SLURM_NTASKS\nexit 2\n'
+    )
+    python.chmod(0o755)
+    site.write_text("export MEGAGAMMA_TASKS_PER_NODE=8\n")
+    for name, value in (("SITE", str(site)), ("PYTHON", str(python)), ("HOST_PYTHON", sys.executable)):
+        monkeypatch.setenv(f"MEGAGAMMA_{name}", value)
+    for name in ("SBATCH_EXPORT", "SLURM_EXPORT_ENV"):
+        monkeypatch.setenv(name, "NONE")
+    path, state = write(tmp_path, data_cache, axes={"init.gamma": [0.5]}), tmp_path / "state"
+    assert command.main(["submit", str(path), "--state", str(state)]) == 0
+    points, collect = jobs_of(state)
+    assert in_cluster.wait(points["job"]) == "FAILED"
+    assert in_cluster.wait(collect["job"]) in ("FAILED", "COMPLETED")
+    said = "".join(file.read_text() for file in (state / "slurm").glob("*.out"))
+    ranks = sorted(file.name for file in tmp_path.glob("rank-*-of-*") if file.name != "rank-0-of-1")
+    assert ranks == ["rank-0-of-2", "rank-1-of-2"], said
+    assert {(tmp_path / name).read_text().strip() for name in ranks} == {
+        str(next((state / "slurm").glob("study-*.txt")))
+    }
 
 
 def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str) -> None:
