@@ -246,8 +246,10 @@ def test_variables_reach_every_rank(
     }
 
 
-def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str) -> None:
-    """Under plain bash, with no SLURM in PATH: every script that would be submitted."""
+@pytest.mark.parametrize("way", [["--dry_run"], ["MEGAGAMMA_DRY_RUN"]])
+def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str, way: list[str]) -> None:
+    """Under plain bash, with no SLURM in PATH: the plan, and every script that would be submitted."""
+    words, variables = (way, {}) if way == ["--dry_run"] else ([], {way[0]: "1"})
     path, state = write(tmp_path, data_cache), tmp_path / "state"
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -257,14 +259,16 @@ def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str) -> None:
         ).stdout.strip()
         (programs / name).symlink_to(found)
     done = subprocess.run(
-        ["bash", "launch/scale_sweep.sh", str(path), "--state", str(state), "--dry_run", "--evaluate", "--tasks quick"],
-        cwd=ROOT, env={"PATH": str(programs), "HOME": str(tmp_path), "MEGAGAMMA_PYTHON": sys.executable},
+        ["bash", "launch/scale_sweep.sh", str(path), "--state", str(state), "--mfu", "0.3", *words, "--evaluate",
+         "--tasks quick"],
+        cwd=ROOT, env={"PATH": str(programs), "HOME": str(tmp_path), "MEGAGAMMA_PYTHON": sys.executable, **variables},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (
         "gamma0.5-seed1\t", "sbatch --job-name=study --array=0-1", "--nodes=2 --ntasks-per-node=1", "launch/point.sbatch",
         "#SBATCH --requeue --signal=B:USR1@300", "sweep collect", "sweep evaluate", "-- --tasks quick",
+        "speed: 30% (stated) of this machine's",
     ):  # fmt: skip
         assert text in done.stdout
     assert not state.exists()
