@@ -306,7 +306,16 @@ def send_signal(number: str, name: str, whole: bool = False) -> None:
 
 def nodes_answer(count: int, seconds: float) -> bool:
     """Whether every node of this process's own allocation can run a task."""
-    words = ["srun", "--quiet", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "true"]
+    words = [
+        "srun",
+        "--quiet",
+        "--export=ALL",
+        f"--nodes={count}",
+        f"--ntasks={count}",
+        "--ntasks-per-node=1",
+        "--overlap",
+        "true",
+    ]
     try:
         return subprocess.run(words, capture_output=True, timeout=seconds, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):

@@ -242,8 +242,8 @@ distributed optimizer over d data-parallel ranks. The plan's ZeRO 1 in bf16 is t
 
 ## Published layouts
 
-None is compared here: a row would need its shape, layout, batch and recomputation from one source. The
-table of models from 2B to 462B in Megatron-LM's README is an image.
+None is compared here: a row would need its shape, layout, batch and recomputation from one source. The table of models
+from 2B to 462B in Megatron-LM's README is an image.
 
 [readme]: https://github.com/NVIDIA/Megatron-LM#training-speed-and-scalability
 [analysis]: https://github.com/NVIDIA/Megatron-LM/pull/482
