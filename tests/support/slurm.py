@@ -25,7 +25,7 @@ from typing import Any, TextIO
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 GPUS = 8
-PORT = 17317
+PORT = 18317
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 # Without control groups, accounting and authentication; quick to notice and to requeue. cred_expire is also how long a
@@ -119,7 +119,7 @@ class Cluster:
         """Start it, beside those that other test runs on this machine have."""
         self.folder = folder
         self._place, number = _free_place()
-        self.port, self.subnet = PORT + 200 * number, f"10.{83 + number}.0"
+        self.port, self.subnet = PORT + 200 * number, f"10.{84 + number}.0"
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.bridge = f"mg{self.port}"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
