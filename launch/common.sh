@@ -1,4 +1,5 @@
-# Shared by the batch scripts of this folder: finds the code, reads the site file, and starts a supervised training.
+# Shared by the batch scripts of this folder: finds the code, reads the site file, and starts a supervised training. The
+# script that sources it sets `home`, the checkout.
 # Nothing here has to be edited: a cluster's own values go into a site file, see site.example.sh.
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -71,7 +72,11 @@ keep_configs() {    # the same for the configs that the options name: sets `opti
 train() {
   local nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
   local tasks=${MEGAGAMMA_TASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
+  # A point of a sweep has the ranks that its sweep says, whatever the site says of other jobs.
+  tasks=${MEGAGAMMA_POINT_TASKS:-$tasks}
   tasks=${tasks%%(*}
+  [ "$nodes" = "${MEGAGAMMA_POINT_NODES:-$nodes}" ] ||
+    fail "the job has $nodes nodes, and its point is for $MEGAGAMMA_POINT_NODES: leave --nodes to the sweep's launch.nodes"
   local cpus=$((${SLURM_CPUS_ON_NODE:-1} / tasks))
   local share="--cpus-per-task=$cpus"
   [ "$cpus" -ge 1 ] || share=--overcommit
@@ -85,7 +90,8 @@ train() {
   # The sizes that sbatch was given are those of the job, not of the step.
   unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_TASKS_PER_NODE
   # A first rank that ends must not be what decides the exit code: the others get a minute to end by themselves.
-  local step=(srun "--nodes=$nodes" --kill-on-bad-exit=0 --wait=60 --mpi=none ${MEGAGAMMA_SRUN:-})
+  # And --export, since a job that was submitted with less would hand nothing on to its steps.
+  local step=(srun "--nodes=$nodes" --kill-on-bad-exit=0 --wait=60 --mpi=none --export=ALL ${MEGAGAMMA_SRUN:-})
   local container=(${MEGAGAMMA_CONTAINER:-}) command
   case ${MEGAGAMMA_LAUNCHER:-srun} in
     srun)
@@ -121,3 +127,5 @@ train() {
 command -v scontrol >/dev/null || [ -n "${MEGAGAMMA_DRY_RUN:-}" ] ||
   fail "SLURM is not installed here: MEGAGAMMA_DRY_RUN=1 bash ${BASH_SOURCE[1]:-SCRIPT} ... shows what it would run"
 [ -n "${SLURM_JOB_ID:-}" ] || [ -n "${MEGAGAMMA_DRY_RUN:-}" ] || fail "start it with sbatch, or with MEGAGAMMA_DRY_RUN=1 to look"
+home=$(find_home "$home") || exit 2
+read_site

@@ -13,12 +13,9 @@ case " $* " in *" --dry_run "*) export MEGAGAMMA_DRY_RUN=1 ;; esac
 home=${MEGAGAMMA_HOME:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 [ -f "$home/launch/common.sh" ] || { echo "error: no launch/common.sh in $home: submit from the checkout's folder, or set MEGAGAMMA_HOME to it" >&2; exit 2; }
 . "$home/launch/common.sh"
-home=$(find_home "$home") || exit 2
-read_site
 sweep=configs/sweeps/scale.yaml
 case ${1:-} in *.yaml | *.yml) sweep=$1; shift ;; esac
 [ -f "$sweep" ] || sweep=$home/$sweep
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# For the log. What is wrong with the sweep, submit says again.
-[ -n "${MEGAGAMMA_DRY_RUN:-}" ] || "$python" -m megagamma.commands sweep plan "$sweep"
-exec "$python" -m megagamma.commands sweep submit "$sweep" "$@"
+# Outside of a container, where sbatch is; submitting needs no torch. The plan is for the log.
+exec "$host_python" -m megagamma.commands sweep submit "$sweep" --plan ${MEGAGAMMA_DRY_RUN:+--dry_run} "$@"

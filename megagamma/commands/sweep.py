@@ -16,6 +16,7 @@ after the file was extended. Exit codes: 0; 1 when points were given up; 2 for w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from megagamma.runs.provenance import source_commit
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
-from megagamma.scaling.plan import make_plan, speed_of
+from megagamma.scaling.plan import Speed, make_plan, speed_of
 from megagamma.scaling.points import Point, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
 
@@ -385,6 +387,24 @@ def submit(args: argparse.Namespace) -> int:
 
     code = code_hash()
 
+    def check_points(on_gpus: bool) -> None:
+        states = _states(folder, points, sweep)
+        lacks_torch = not args.device and find_spec("torch") is None
+        if args.plan and lacks_torch:
+            say(
+                "WARNING no plan: this Python has no torch to measure its speed with: name the GPU, such as --device H100"
+            )
+        if (args.plan and not lacks_torch) or args.device or args.mfu is not None:
+            speed = speed_of(states, args.device, args.mfu, bool(visible_gpus()))
+            if on_gpus and speed.device == "cpu":
+                say("WARNING the plan is for this machine's CPU: --device names the GPU of the jobs, such as H100")
+        else:  # what a point costs is not asked, and whether it can work depends on no speed
+            speed = Speed(1.0, "", "cuda" if on_gpus else "cpu")
+        values = make_plan(sweep, points, states, speed, _assumes_vocabulary(points))
+        if speed.source:
+            with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+                print_plan(values)
+
     def prepared_states() -> list[PointState]:
         prepare_data(points)
         states = folder.states(expand(sweep, folder.points), sweep.retries)
@@ -397,7 +417,12 @@ def submit(args: argparse.Namespace) -> int:
             slurm.freeze(state.point, tree)
         register(folder, states, code)
 
-    return slurm.submit_sweep(args, sweep, folder, points, prepared_states, register_frozen, say)
+    result, values = slurm.submit_sweep(
+        args, sweep, folder, points, check_points, prepared_states, register_frozen, say
+    )
+    if args.json:
+        print(json.dumps(values, indent=2))
+    return result
 
 
 def evaluate(args: argparse.Namespace) -> int:

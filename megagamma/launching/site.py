@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagamma.errors import ConfigurationError
+from megagamma.launching.sbatch_options import Option, parse_text
 
 NAMES = {
     "MEGAGAMMA_PARTITION": "partition of jobs that tools/sweep.py submits",
     "MEGAGAMMA_ACCOUNT": "account of those jobs",
     "MEGAGAMMA_QOS": "quality of service of those jobs",
     "MEGAGAMMA_SBATCH": "further options of sbatch for those jobs",
+    "MEGAGAMMA_FOLLOW_SBATCH": "options of sbatch for collection and evaluation after a sweep",
     "MEGAGAMMA_SIGNAL_SECONDS": "how long before a job's end it is told to save",
     "MEGAGAMMA_CONTAINER": "words before the command on every node, such as apptainer exec --nv IMAGE",
     "MEGAGAMMA_PYTHON": "the Python with torch",
@@ -31,6 +33,7 @@ NAMES = {
     "MEGAGAMMA_CODE": "snapshot of the code that a job runs",
     "MEGAGAMMA_CODE_ROOT": "folder for snapshots of the code",
     "MEGAGAMMA_POINTS": "list of an array's points",
+    "MEGAGAMMA_MIRROR": "folder of benchmarks, for machines without a network",
     "MEGAGAMMA_SITE": "the site file",
     "MEGAGAMMA_HOME": "the checkout",
     "MEGAGAMMA_DRY_RUN": "print the command and stop",
@@ -43,24 +46,31 @@ _IMAGE = (".sif", ".sqsh", ".img", ".simg")
 
 @dataclass(frozen=True)
 class Site:
-    """A site's values; without a site file all are empty."""
+    """A site's values; without a site file those of the environment."""
 
     path: Path | None = None
     values: dict[str, str] = field(default_factory=dict)
     """MEGAGAMMA_* variables after the file was sourced."""
 
-    def sbatch_options(self) -> list[str]:
-        """Options for sbatch that follow from the file."""
+    def sbatch_options(self) -> list[Option]:
+        """Options for sbatch that follow from the file.
+
+        Raises:
+            ConfigurationError: MEGAGAMMA_SBATCH holds something else.
+        """
         options = [
-            f"--{option}={self.values[name]}"
+            Option(option, self.values[name])
             for option, name in (
                 ("partition", "MEGAGAMMA_PARTITION"), ("account", "MEGAGAMMA_ACCOUNT"), ("qos", "MEGAGAMMA_QOS"),
             )
             if self.values.get(name)
         ]  # fmt: skip
         if self.values.get("MEGAGAMMA_SIGNAL_SECONDS"):
-            options.append(f"--signal=B:USR1@{self.values['MEGAGAMMA_SIGNAL_SECONDS']}")
-        return options + shlex.split(self.values.get("MEGAGAMMA_SBATCH", ""))
+            options.append(Option("signal", f"B:USR1@{self.values['MEGAGAMMA_SIGNAL_SECONDS']}"))
+        return options + parse_text(self.values.get("MEGAGAMMA_SBATCH", ""), self._place("MEGAGAMMA_SBATCH"))
+
+    def _place(self, name: str) -> str:
+        return name if self.path is None else f"{self.path}: {name}"
 
 
 def site_file() -> Path | None:
@@ -91,7 +101,7 @@ def load_site(path: Path | None = None) -> Site:
     """
     path = path or site_file()
     if path is None:
-        return Site()
+        return Site(None, {name: value for name, value in os.environ.items() if name.startswith("MEGAGAMMA_")})
     checked = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
     if checked.returncode:
         said = checked.stderr.strip().splitlines()
@@ -120,6 +130,8 @@ def _check_values(path: Path, values: dict[str, str]) -> None:
         text = values.get(name, "")
         if text and (not text.isdigit() or int(text) < minimum):
             raise ConfigurationError(f"{path}: {name}={text}: must be a whole number of {minimum} or more")
+    for name in ("MEGAGAMMA_SBATCH", "MEGAGAMMA_FOLLOW_SBATCH"):
+        parse_text(values.get(name, ""), f"{path}: {name}")
     launcher = values.get("MEGAGAMMA_LAUNCHER", "")
     if launcher not in ("", "srun", "deepspeed"):
         raise ConfigurationError(f"{path}: MEGAGAMMA_LAUNCHER={launcher}: use srun or deepspeed")

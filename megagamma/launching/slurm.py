@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megagamma.environment import slurm_job
 from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.launching.sbatch_options import gpus_per_node, parse, value_of
 
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 """States of a job that will not run again. PREEMPTED and REQUEUED ones will."""
@@ -81,17 +82,20 @@ class Partition:
     """Longest time of a job; infinite without a limit. Unit: minutes."""
 
 
-def _minutes(text: str) -> float:
-    """SLURM's D-HH:MM:SS, HH:MM:SS or MM:SS; infinite where it is no time."""
-    days, _, clock = text.rpartition("-")
-    if not re.fullmatch(r"\d+(:\d+){0,2}", clock) or not re.fullmatch(r"\d*", days):
+_CLOCK = re.compile(r"(?:(\d+)-)?(\d+(?::\d+){0,2})")
+
+
+def minutes_of(text: str) -> float:
+    """A time of SLURM's, such as D-HH:MM:SS, HH:MM:SS or minutes; infinite where it is none. Unit: minutes."""
+    match = _CLOCK.fullmatch(text)
+    if match is None:
         return float("inf")
-    parts = [int(part) for part in clock.split(":")]
-    if days:
+    parts = [int(part) for part in match[2].split(":")]
+    if match[1]:
         hours, minutes, seconds = [*parts, 0, 0][:3]
     else:
         hours, minutes, seconds = [*[0] * (3 - len(parts)), *parts] if len(parts) > 1 else [0, parts[0], 0]
-    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+    return int(match[1] or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def partitions() -> dict[str, Partition]:
@@ -107,7 +111,7 @@ def partitions() -> dict[str, Partition]:
         name, is_default = title.rstrip("*"), title.endswith("*")
         gpus = [int(match[1]) for match in re.finditer(r"gpu:(?:[^,(]*:)?(\d+)", gres)]
         largest = sizes.rpartition("-")[2]
-        before = found.get(name, Partition(name, is_default, 0, 0, 0, 0, _minutes(limit)))
+        before = found.get(name, Partition(name, is_default, 0, 0, 0, 0, minutes_of(limit)))
         count = before.nodes + int(nodes)
         found[name] = Partition(
             name, is_default, count, min(count, int(largest)) if largest.isdigit() else count,
@@ -116,12 +120,16 @@ def partitions() -> dict[str, Partition]:
     return found
 
 
-def check_request(partition: str | None, nodes: int, gpus_per_node: int = 0, place: str = "--partition") -> Partition:
+def check_request(
+    partition: str | None, nodes: int, gpus_per_node: int = 0, time: str = "", time_from: str = "--time"
+) -> Partition:
     """The partition that a job would run in, when it can have what it asks for.
 
     Args:
-        partition: its name; the cluster's default when None.
-        place: the option that names it, for messages.
+        partition: its name, or several with commas, of which one that is large enough is returned; the cluster's default
+            when None.
+        time: time limit as sbatch takes it; empty: the partition's.
+        time_from: where the limit is set, for messages.
 
     Raises:
         ConfigurationError: there is no such partition, or it is too small.
@@ -129,23 +137,34 @@ def check_request(partition: str | None, nodes: int, gpus_per_node: int = 0, pla
     known = partitions()
     names = " or ".join(sorted(known)) or "none: the cluster has no partition"
     if partition is None:
-        default = [one for one in known.values() if one.is_default]
-        if not default:
-            raise ConfigurationError(f"{place}: this cluster has no default partition: use {names}")
-        chosen = default[0]
-    elif partition not in known:
-        raise ConfigurationError(f"{place}={partition}: this cluster has no such partition: use {names}")
+        chosen = [one for one in known.values() if one.is_default]
+        if not chosen:
+            raise ConfigurationError(f"--partition: this cluster has no default partition: use {names}")
     else:
-        chosen = known[partition]
-    if nodes > chosen.max_nodes:
-        raise ConfigurationError(
-            f"--nodes={nodes}: partition {chosen.name} gives a job at most {chosen.max_nodes} nodes: ask for fewer"
+        for name in partition.split(","):
+            if name not in known:
+                raise ConfigurationError(f"--partition={name}: this cluster has no such partition: use {names}")
+        chosen = [known[name] for name in partition.split(",")]
+    refusals = []
+    for one in chosen:
+        refusal = _refusal(one, nodes, gpus_per_node, time, time_from)
+        if not refusal:
+            return one
+        refusals.append(refusal)
+    raise ConfigurationError("; ".join(refusals))
+
+
+def _refusal(one: Partition, nodes: int, gpus: int, time: str, time_from: str) -> str:
+    if nodes > one.max_nodes:
+        return f"--nodes={nodes}: partition {one.name} gives a job at most {one.max_nodes} nodes: ask for fewer"
+    if gpus > one.gpus:
+        return f"--gpus-per-node={gpus}: nodes of partition {one.name} have {one.gpus} GPUs: ask for fewer"
+    if time and _CLOCK.fullmatch(time) and minutes_of(time) > one.minutes:
+        return (
+            f"{time_from}={time}: partition {one.name} gives a job at most {one.minutes:g} minutes: ask for less, or for "
+            "another partition: what is not finished then is saved, and resumed in the next start"
         )
-    if gpus_per_node > chosen.gpus:
-        raise ConfigurationError(
-            f"--gpus-per-node={gpus_per_node}: nodes of partition {chosen.name} have {chosen.gpus} GPUs: ask for fewer"
-        )
-    return chosen
+    return ""
 
 
 # -- submitting --------------------------------------------------------------------------------------------------
@@ -191,34 +210,17 @@ def _explained(words: Sequence[str], options: Sequence[str], environment: Mappin
     try:
         return _run(words, environment)
     except _Refused as error:
-        said = error.said.lower()
+        said, pairs = error.said.lower(), parse(options)
+        partition = value_of(pairs, "partition") or os.environ.get("SBATCH_PARTITION") or None
         if "partition" in said and "invalid" in said:
-            name = _value(options, "--partition", "-p") or os.environ.get("SBATCH_PARTITION", "")
-            names = " or ".join(sorted(partitions()))
-            raise ConfigurationError(f"--partition={name}: this cluster has no such partition: use {names}") from error
+            check_request(partition, 1)
         if "node count" in said or "node configuration" in said or "more processors" in said:
-            nodes = _value(options, "--nodes", "-N") or ""
-            partition = _value(options, "--partition", "-p") or os.environ.get("SBATCH_PARTITION") or None
-            gpus = _value(options, "--gpus-per-node") or ""
-            check_request(partition, int(nodes) if nodes.isdigit() else 1, int(gpus) if gpus.isdigit() else 0)
+            nodes = value_of(pairs, "nodes") or ""
+            check_request(partition, int(nodes) if nodes.isdigit() else 1, gpus_per_node(pairs) or 0)
         # A site that forbids it says so in its own words; so the place is named whatever they are.
         if slurm_job() is not None:
             raise SlurmError(f"{error}; this is inside a job, where a site may forbid sbatch: {_LOGIN_NODE}") from error
         raise
-
-
-def _value(options: Sequence[str], *names: str) -> str | None:
-    """Value of an option of sbatch, given as `--name=value`, `--name value` or `-Nvalue`; the last one wins."""
-    value = None
-    for place, word in enumerate(options):
-        for name in names:
-            if word == name and place + 1 < len(options):
-                value = options[place + 1]
-            elif word.startswith(f"{name}="):
-                value = word.partition("=")[2]
-            elif not name.startswith("--") and word.startswith(name) and len(word) > len(name):
-                value = word[len(name) :]
-    return value
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------
@@ -304,7 +306,16 @@ def send_signal(number: str, name: str, whole: bool = False) -> None:
 
 def nodes_answer(count: int, seconds: float) -> bool:
     """Whether every node of this process's own allocation can run a task."""
-    words = ["srun", "--quiet", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "true"]
+    words = [
+        "srun",
+        "--quiet",
+        "--export=ALL",
+        f"--nodes={count}",
+        f"--ntasks={count}",
+        "--ntasks-per-node=1",
+        "--overlap",
+        "true",
+    ]
     try:
         return subprocess.run(words, capture_output=True, timeout=seconds, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):

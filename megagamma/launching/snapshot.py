@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import advice
+from megagamma.source import source_of, write_record
 
 # What a job runs and reads; the rest of a checkout, its runs and data above all, is not copied.
 _CONTENT = ("megagamma", "configs", "launch", "tools", "pyproject.toml")
@@ -46,8 +47,8 @@ def snapshot(source_root: str | Path, destination: str | Path) -> Path:
         MegagammaError: the copy cannot be written.
 
     Returns:
-        The copy, `DESTINATION/code-HASH`: a root like the checkout's, to be first in PYTHONPATH. It is complete whenever it
-        is there, also when several jobs make it at once.
+        The copy, `DESTINATION/code-HASH`: a root like the checkout's, to be first in PYTHONPATH, with a record of the commit
+        that was checked out (`megagamma.source`). It is complete whenever it is there, also when several jobs make it at once.
     """
     root, destination = Path(source_root), Path(destination)
     if not (root / "megagamma" / "pretrain.py").is_file():
@@ -56,6 +57,7 @@ def snapshot(source_root: str | Path, destination: str | Path) -> Path:
     contents = {name: (root / name).read_bytes() for name in files}
     for name, content in contents.items():
         digest.update(f"{name.as_posix()}\0{len(content)}\0".encode() + content)
+    source = source_of(root)
     target = destination / f"code-{digest.hexdigest()[:12]}"
     if target.is_dir():
         return target
@@ -65,6 +67,7 @@ def snapshot(source_root: str | Path, destination: str | Path) -> Path:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
             shutil.copymode(root / name, partial / name)
+        write_record(source, partial)
         try:
             partial.rename(target)
         except OSError:

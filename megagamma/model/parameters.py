@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megagamma.config.schema import ModelConfig, padded_vocab_size
+
+if TYPE_CHECKING:  # plans and submissions need the shapes only, and torch takes a second to import
+    import torch
+    from torch import Tensor
 
 Rows = tuple[int, int]
 

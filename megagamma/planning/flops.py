@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megagamma.config.schema import ROLES, ModelConfig
 from megagamma.model.parameters import logical_parameters
+
+if TYPE_CHECKING:
+    import torch
 
 # Roles of the two vocabulary matrices, which scaling laws leave out of "non-embedding" parameters.
 VOCABULARY_ROLES = ("embedding", "head")
@@ -133,17 +135,19 @@ def model_flops_utilization(flops_per_second: float, peak_flops: float | None, d
     return flops_per_second / (peak_flops * devices)
 
 
-def measure_matmul_peak(dtype: torch.dtype = torch.float32, threads: int = 0, seconds: float = 0.4) -> float:
+def measure_matmul_peak(dtype: torch.dtype | None = None, threads: int = 0, seconds: float = 0.4) -> float:
     """Best rate of a square matrix product on this CPU, as the reference that a GPU's data sheet gives.
 
     Args:
-        dtype: of the factors.
+        dtype: of the factors; default: fp32.
         threads: torch's threads during the measurement; 0 leaves them as they are.
         seconds: time to spend. Slow machines stop at the smaller sizes (512, 1024, 2048).
 
     Returns:
         Unit: FLOP/s, of this process.
     """
+    import torch
+
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)

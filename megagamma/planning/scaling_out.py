@@ -1,6 +1,6 @@
 """The page docs/scaling_out.md: layouts, memory and time of models from 1B to 1T on 8 to 10,000 GPUs, by arithmetic alone.
 
-And the memory plan beside what others published. Facts that are not computed here stand with their source.
+And the memory plan beside a table that others measured. Facts that are not computed here stand with their source.
 """
 
 from __future__ import annotations
@@ -138,55 +138,6 @@ def planned_like(one: Measured) -> float:
     return (worst.device_bytes - worst.overhead_bytes) / GIB
 
 
-@dataclass(frozen=True)
-class Published:
-    """A layout that others trained or timed on GPUs of 80 GB."""
-
-    model: str
-    hidden: int
-    layers: int
-    heads: int
-    groups: int
-    ffn: int
-    vocabulary: int
-    sequence: int
-    gpus: int
-    tensor: int
-    pipeline: int
-    batch: int
-    source: str
-    recompute: str = "none"
-
-
-_NARAYANAN, _KORTHIKANTI = "arXiv 2104.04473, table 1", "arXiv 2205.05198, table 3"
-_LLAMA = "arXiv 2407.21783, table 4"
-# Shapes with a GELU MLP of 4 h stand as SwiGLU of 8/3 h, which has as many weights.
-PUBLISHED = (
-    Published("GPT-3 175B", 12288, 96, 96, 96, 32768, 51_200, 2048, 64, 8, 8, 64, _KORTHIKANTI, "selective"),
-    Published("MT-NLG 530B", 20480, 105, 128, 128, 54656, 51_200, 2048, 280, 8, 35, 280, _KORTHIKANTI, "selective"),
-    Published("GPT 1T", 25600, 128, 160, 160, 68288, 51_200, 2048, 512, 8, 64, 512, _KORTHIKANTI, "selective"),
-    Published("GPT 145.6B", 12288, 80, 96, 96, 32768, 51_200, 2048, 1536, 8, 8, 2304, _NARAYANAN, "full"),
-    Published("GPT 310.1B", 16384, 96, 128, 128, 43712, 51_200, 2048, 1920, 8, 16, 2160, _NARAYANAN, "full"),
-    Published("GPT 529.6B", 20480, 105, 128, 128, 54656, 51_200, 2048, 2520, 8, 35, 2520, _NARAYANAN, "full"),
-    Published("GPT 1T", 25600, 128, 160, 160, 68288, 51_200, 2048, 3072, 8, 64, 3072, _NARAYANAN, "full"),
-    Published("MT-NLG 530B", 20480, 105, 128, 128, 54656, 51_200, 2048, 4480, 8, 35, 1920, "arXiv 2201.11990", "full"),
-    Published("Llama 3 405B", 16384, 128, 128, 8, 53248, 128_256, 8192, 8192, 8, 16, 2048, _LLAMA),
-    Published("Llama 3 405B", 16384, 128, 128, 8, 53248, 128_256, 8192, 16384, 8, 16, 2048, _LLAMA),
-    Published("Llama 3 405B", 16384, 128, 128, 8, 53248, 128_256, 8192, 16384, 8, 16, 2048, "ours, recomputed", "full"),
-)  # fmt: skip
-
-
-def planned_as(one: Published) -> Choice:
-    """A published layout as this project would run it."""
-    config = Config(model=ModelConfig(
-        hidden_size=one.hidden, num_layers=one.layers, num_attention_heads=one.heads, num_query_groups=one.groups,
-        ffn_hidden_size=one.ffn, vocab_size=one.vocabulary, attention_gate="none", qk_norm=False,
-    ))  # fmt: skip
-    config.data.corpus, config.data.sequence_length, config.data.micro_batch_size = "tiny", one.sequence, 1
-    config.run.device, config.precision.dtype = "cuda", "bf16"
-    return laid_out(resolve(config), one.gpus, one.tensor, one.pipeline, 1, one.recompute, one.batch)
-
-
 def _time(seconds: float) -> str:
     days = seconds / 86400
     if days < 1:
@@ -238,22 +189,12 @@ def page(tree: Path) -> str:
         planned = planned_like(case)
         layout = f"{case.tensor} x {case.pipeline} x {case.data}"
         measured.append((layout, case.micro_batch, f"{case.gib}", f"{planned:.1f}", f"{planned / case.gib - 1:+.1%}"))
-    published = []
-    for one in PUBLISHED:
-        choice = planned_as(one)
-        layout = f"{one.tensor} x {one.pipeline} x {choice.memory.data_size}"
-        billions = parameter_counts(choice.config.model).total / 1e9
-        published.append((f"{one.model} ({billions:,.0f}B)", f"{one.gpus:,}", layout, one.recompute, f"{one.sequence:,}",
-                          f"{choice.memory.worst.device_bytes / 1e9:.1f}", one.source))  # fmt: skip
     peak = known_peak_flops(DEVICE)
     assert peak is not None
     tables = "\n\n".join(_size_table(tree, *size) for size in SIZES)
     return _TEXT.format(
         gib=DEVICE_BYTES / GIB, mfu=MFU, peak=peak / 1e12, device=DEVICE, tables=tables,
         measured=markdown_table(("tensor x pipeline x data", "micro batch", "measured GiB", "planned GiB", "error"), measured),
-        published=markdown_table(
-            ("model", "GPUs", "tensor x pipeline x data", "recompute", "sequence", "planned GB per rank", "source"), published
-        ),
     )  # fmt: skip
 
 
@@ -299,19 +240,10 @@ the masks of dropout that this project has not, may be the reason.
 Weights, gradients and optimizer alone: [Megatron-LM's own estimate][bytes] is 18 bytes per parameter, and 6 + 12 / d with its
 distributed optimizer over d data-parallel ranks. The plan's ZeRO 1 in bf16 is the same: 2 + 4 + 12 / d.
 
-## Against published layouts
+## Published layouts
 
-No memory in numbers was published with these; they ran on cards of 80 GB, so that a plan far above it would be wrong. A shape
-with a GELU MLP of 4 h is planned as SwiGLU of 8/3 h, which has as many weights. Llama 3 has 126 layers, one less on the first
-and the last stage: it is planned with 128. Where a source interleaves stages, the plan does not.
-
-For Llama 3 the plan is above 80 GB. Most of it are activations of the 16 microbatches that the first stage holds; its authors
-train sequences of 8,192 tokens without recomputation, by freeing tensors early. Here such a run needs recomputation: the last
-row.
-
-{published}
-
-The README's table of its models from 2B to 462B is an image, whose layouts are not repeated here.
+None is compared here: a row would need its shape, layout, batch and recomputation from one source. The table of models
+from 2B to 462B in Megatron-LM's README is an image.
 
 [readme]: https://github.com/NVIDIA/Megatron-LM#training-speed-and-scalability
 [analysis]: https://github.com/NVIDIA/Megatron-LM/pull/482

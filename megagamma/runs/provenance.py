@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from megagamma.config.schema import ParallelConfig
+from megagamma.source import Source, source_of
 
 PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy", "wandb")
 
@@ -27,19 +27,14 @@ def installed_versions() -> dict[str, str | None]:
     return {package: _version(package) for package in PACKAGES}
 
 
-def _git(*arguments: str) -> str | None:
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        found = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None
+def _source() -> Source:
+    return source_of(Path(__file__).resolve().parents[2])
 
 
 def source_commit() -> str | None:
-    """Commit of the source tree, with a + where files differ from it; None outside of a checkout."""
-    commit = _git("rev-parse", "HEAD")
-    return commit and commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    """Commit of the source tree, or of the checkout that it is a copy of, with a + where files differ from it; None outside
+    of both."""
+    return str(_source()) or None
 
 
 def provenance(
@@ -53,13 +48,14 @@ def provenance(
         threads: CPU threads of a process.
         ranks: of every process, in order: rank, host, device and the device's name.
     """
+    source = _source()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": installed_versions(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": source.commit,
+        "git_changed": source.is_changed,
         "layout": {
             "world": len(ranks),
             "tensor": parallel.tensor,

@@ -6,8 +6,6 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from megagamma.errors import ConfigurationError
 from megagamma.planning.flops import (
     KNOWN_DEVICES,
@@ -70,10 +68,12 @@ def speed_of(states: list[PointState], device: str, mfu: float | None, is_gpu_he
         if state.status == "done" and line.get("tflops")
     ]
     here = "cuda" if is_gpu_here and device != "cpu" else "cpu"
-    if here == "cuda" and torch.cuda.is_available():
-        peak = known_peak_flops(torch.cuda.get_device_name(0))
-        if peak is not None and not (measured and mfu is None):
-            return speed_of(states, torch.cuda.get_device_name(0), mfu, is_gpu_here)
+    if here == "cuda":
+        import torch  # here, since submit and status need it not
+
+        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+        if known_peak_flops(name) is not None and not (measured and mfu is None):
+            return speed_of(states, name, mfu, is_gpu_here)
     if measured and mfu is None:
         return Speed(statistics.median(measured), "measured in the sweep's finished points", here)
     if here == "cuda":

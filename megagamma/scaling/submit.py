@@ -7,13 +7,10 @@ code and from the config that was written when they were submitted, so that late
 from __future__ import annotations
 
 import argparse
-import os
-import re
+import contextlib
 import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +18,14 @@ from megagamma.cli import source_tree
 from megagamma.errors import ConfigurationError
 from megagamma.files import JsonLines, copy_file, write_text
 from megagamma.launching import slurm
+from megagamma.launching.sbatch_options import Option, parse_text
 from megagamma.launching.site import Site, load_site
 from megagamma.launching.snapshot import snapshot
+from megagamma.scaling import requests
 from megagamma.scaling.folder import PointState, SweepFolder
 from megagamma.scaling.points import Point
-from megagamma.scaling.spec import Launch, Sweep
-
-_LARGEST_ARRAY = 1000  # tasks; SLURM's MaxArraySize is 1001 unless a site says otherwise
-
-
-@dataclass(frozen=True)
-class Group:
-    """Points that one array of jobs runs: of one size, started alike."""
-
-    name: str
-    launch: Launch
-    states: tuple[PointState, ...]
-    needs_gpus: bool
-
-    @property
-    def tasks_per_node(self) -> int:
-        """Processes of a point on each of its nodes."""
-        return self.launch.processes // self.launch.nodes
+from megagamma.scaling.requests import Group, groups_of
+from megagamma.scaling.spec import Sweep
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,81 +39,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--throttle", type=int, default=0, metavar="N", help="points of a size at a time (default: all)"
     )
-    parser.add_argument("--sbatch", default="", metavar="OPTIONS", help="further options of sbatch for the points")
+    parser.add_argument(
+        "--sbatch",
+        default="",
+        metavar="OPTIONS",
+        help="options of sbatch for the points: --sbatch='--mem=0'",
+    )
+    parser.add_argument(
+        "--follow_sbatch", metavar="OPTIONS",
+        help="options of sbatch for collection and evaluation (default: MEGAGAMMA_FOLLOW_SBATCH; an hour, and four hours and "
+        "a GPU)",
+    )  # fmt: skip
     parser.add_argument(
         "--evaluate", nargs="?", const="", metavar="OPTIONS",
         help="afterwards convert and score the finished points, with these options of convert_and_eval",
     )  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="print the plan first, as the action plan does")
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted, and submit nothing")
 
 
-def groups_of(sweep: Sweep, states: Sequence[PointState]) -> list[Group]:
-    """Points by size and launch, no more than an array may have."""
-    sizes = [axis.name for axis in sweep.axes if axis.is_size]
-    found: dict[tuple[Any, ...], list[PointState]] = {}
-    for state in states:
-        point = state.point
-        labels = tuple(point.labels[name] for name in sizes)
-        found.setdefault((labels, point.launch, point.config.run.device == "cpu"), []).append(state)
-    groups = []
-    for (labels, launch, on_cpu), members in found.items():
-        for first in range(0, len(members), _LARGEST_ARRAY):
-            name = "-".join((sweep.name, *labels)) + (f"-{first // _LARGEST_ARRAY + 1}" if first else "")
-            groups.append(Group(name, launch, tuple(members[first : first + _LARGEST_ARRAY]), not on_cpu))
-    return groups
+# -- jobs that were submitted ------------------------------------------------------------------------------------
 
 
-def _options(args: argparse.Namespace, site: Site) -> list[str]:
-    """Options of sbatch that all jobs have: the site's, then this job's own where it is one, then the command line's."""
-    options = site.sbatch_options()
-    # A job that submits hands on where it runs itself.
-    for option, own, variable in (
-        ("partition", "SLURM_JOB_PARTITION", "SBATCH_PARTITION"), ("account", "SLURM_JOB_ACCOUNT", "SBATCH_ACCOUNT"),
-    ):  # fmt: skip
-        named = any(word.startswith(f"--{option}=") for word in options)
-        if os.environ.get(own) and not os.environ.get(variable) and not named:
-            options.append(f"--{option}={os.environ[own]}")
-    options += [f"--{name}={value}" for name in ("partition", "account", "qos") if (value := getattr(args, name))]
-    return options
-
-
-def _partition(options: Sequence[str]) -> str | None:
-    named = [word.partition("=")[2] for word in options if word.startswith("--partition=")]
-    return named[-1] if named else os.environ.get("SBATCH_PARTITION") or None
-
-
-def _point_options(group: Group, args: argparse.Namespace, has_gpus: bool) -> list[str]:
-    launch, tasks = group.launch, group.tasks_per_node
-    options = [f"--nodes={launch.nodes}", f"--ntasks-per-node={tasks}"]
-    if has_gpus and group.needs_gpus:
-        options.append(f"--gpus-per-node={tasks}")
-    limit = args.time or launch.time
-    return options + ([f"--time={limit}"] if limit else []) + shlex.split(args.sbatch)
-
-
-def _environment(site: Site, code: Path) -> dict[str, str]:
-    """Variables of all jobs: the code's snapshot is the checkout, the Python this one where the site names none."""
-    found = {"MEGAGAMMA_HOME": str(code), "MEGAGAMMA_CODE": str(code)}
-    if not site.values.get("MEGAGAMMA_PYTHON"):
-        found["MEGAGAMMA_PYTHON"] = os.environ.get("MEGAGAMMA_PYTHON") or sys.executable
-    if site.path is not None:
-        found["MEGAGAMMA_SITE"] = str(site.path.absolute())
-    return found
+def _alive(folder: SweepFolder) -> list[tuple[dict[str, Any], dict[int, slurm.JobState]]]:
+    """Lines of jobs.jsonl whose jobs SLURM has not ended, with their tasks; a job that is no array is its task 0."""
+    lines = JsonLines(folder.jobs_file).read()
+    if not lines:
+        return []
+    tasks: dict[str, dict[int, slurm.JobState]] = {}
+    for name, state in slurm.jobs(str(line["job"]) for line in lines).items():
+        number, _, place = name.partition("_")
+        if not state.has_ended and (place or "0").isdigit():
+            tasks.setdefault(number, {})[int(place or 0)] = state
+    return [(line, tasks[str(line["job"])]) for line in lines if str(line["job"]) in tasks]
 
 
 def queued(folder: SweepFolder) -> dict[str, str]:
     """State of the job of every point that SLURM has not ended, by the point's hash; empty without SLURM."""
-    lines = [line for line in JsonLines(folder.jobs_file).read() if line.get("kind") == "points"]
-    if not lines:
-        return {}
-    known = slurm.jobs(str(line["job"]) for line in lines)
-    found = {}
-    for line in lines:
-        for place, digest in enumerate(line["points"]):
-            state = known.get(f"{line['job']}_{place}")
-            if state is not None and not state.has_ended:
-                found[str(digest)] = state.state
-    return found
+    return {
+        str(line["points"][place]): state.state
+        for line, tasks in _alive(folder)
+        if line["kind"] == "points"
+        for place, state in tasks.items()
+        if place < len(line["points"])
+    }
 
 
 def mark_queued(folder: SweepFolder, states: Sequence[PointState]) -> None:
@@ -146,66 +98,95 @@ def mark_queued(folder: SweepFolder, states: Sequence[PointState]) -> None:
 
 def cancel_jobs(folder: SweepFolder) -> list[str]:
     """Cancel the sweep's jobs that have not ended; returns their numbers. Running points save first."""
-    lines = JsonLines(folder.jobs_file).read()
-    if not lines:
-        return []
-    numbers = [str(line["job"]) for line in lines]
-    known = slurm.jobs(numbers)
-    alive = [n for n in numbers if any(i.partition("_")[0] == n and not s.has_ended for i, s in known.items())]
+    alive = [str(line["job"]) for line, _ in _alive(folder)]
     if alive:
         # First what would begin because the others have ended.
         slurm.cancel(reversed(alive))
     return alive
 
 
+# -- jobs that are submitted now ---------------------------------------------------------------------------------
+
+
 class Submission:
     """The jobs of one call of `submit`."""
 
     def __init__(self, args: argparse.Namespace, sweep: Sweep, folder: SweepFolder, site: Site) -> None:
+        """Raises: ConfigurationError: options of sbatch that are none, or that the sweep decides."""
         self.args, self.sweep, self.folder, self.site = args, sweep, folder, site
-        self.options = _options(args, site)
+        self.shared = requests.shared_options(args, site)
+        self.extras = requests.point_extras(args.sbatch)
+        self.follow = args.follow_sbatch
+        if self.follow is None:
+            self.follow = site.values.get("MEGAGAMMA_FOLLOW_SBATCH", "")
+        self.evaluate: str | None = args.evaluate
         self.stamp = time.strftime("%Y%m%d-%H%M%S")
-        self.has_gpus = False
+        self.partitions: dict[str, slurm.Partition] = {}
+        self.jobs: list[dict[str, Any]] = []
 
     def check(self, groups: Sequence[Group]) -> None:
         """Check every request against the cluster, before anything is prepared or submitted.
 
         Raises:
-            ConfigurationError, SlurmError: no such partition, too few nodes or GPUs, no SLURM.
+            ConfigurationError, SlurmError: no such partition, too few nodes or GPUs, too short a time, no SLURM.
         """
+        partition = requests.partition_of([*self.shared, *self.extras])
         for group in groups:
+            limit = requests.time_limit(group, self.args, self.extras)
             try:
-                found = slurm.check_request(_partition(self.options), group.launch.nodes)
-                self.has_gpus = found.gpus > 0
-                if self.has_gpus and group.needs_gpus:
-                    slurm.check_request(_partition(self.options), group.launch.nodes, group.tasks_per_node)
+                chosen = slurm.check_request(partition, group.launch.nodes, 0, *limit)
+                if chosen.gpus and group.needs_gpus:
+                    chosen = slurm.check_request(partition, group.launch.nodes, group.tasks_per_node, *limit)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{self.sweep.file}: points of {group.name}: {error}") from error
+            self.partitions[group.name] = chosen
+            self._request(group, self.folder.slurm / "points.txt", self.folder.code)
 
-    def words(self, group: Group, place: Path) -> tuple[list[str], dict[str, str]]:
-        """Options of sbatch and variables of an array."""
-        last = len(group.states) - 1
+    @property
+    def on_gpus(self) -> bool:
+        """Whether any points get GPUs; after `check`."""
+        return any(partition.gpus for partition in self.partitions.values())
+
+    def _request(self, group: Group, place: Path, code: Path) -> tuple[list[str], dict[str, str]]:
+        """Words of sbatch and variables of an array."""
         throttle = f"%{self.args.throttle}" if self.args.throttle else ""
+        limit, _ = requests.time_limit(group, self.args, self.extras)
+        partition = self.partitions.get(group.name)
         options = [
-            f"--job-name={group.name}", f"--array=0-{last}{throttle}", f"--output={place.parent.absolute()}/%x-%A_%a.out",
-            f"--chdir={Path.cwd()}", *self.options, *_point_options(group, self.args, self.has_gpus),
+            Option("job-name", group.name), Option("array", f"0-{len(group.states) - 1}{throttle}"),
+            Option("output", f"{place.parent.absolute()}/%x-%A_%a.out"), Option("chdir", str(Path.cwd())),
+            *requests.point_options(group, self.shared, self.extras, limit, partition is not None and partition.gpus > 0),
         ]  # fmt: skip
         variables = {
-            "MEGAGAMMA_POINTS": str(place.absolute()), "MEGAGAMMA_TASKS_PER_NODE": str(group.tasks_per_node),
+            **requests.environment(self.site, code), "MEGAGAMMA_POINTS": str(place.absolute()),
+            # Not MEGAGAMMA_TASKS_PER_NODE, which the site file may set: that is for jobs that do not say.
+            "MEGAGAMMA_POINT_TASKS": str(group.tasks_per_node), "MEGAGAMMA_POINT_NODES": str(group.launch.nodes),
         }  # fmt: skip
-        return options, variables
+        return [str(option) for option in requests.with_export(options, variables)], variables
+
+    def _follow_request(
+        self, kind: str, code: Path, after: Sequence[str], needs_gpus: bool
+    ) -> tuple[list[str], dict[str, str]]:
+        """Words of sbatch and variables of a job that follows; without a dependency where there is no job yet."""
+        partition = None
+        if self.partitions:
+            chosen = requests.partition_of([*self.shared, *parse_text(self.follow, "--follow_sbatch")])
+            partition = slurm.check_request(chosen, 1)
+        variables = requests.environment(self.site, code)
+        options = [
+            Option("job-name", f"{self.sweep.name}-{kind}"),
+            *([Option("dependency", f"afterany:{':'.join(after)}")] if after else []),
+            Option("output", f"{self.folder.slurm.absolute()}/%x-%j.out"), Option("chdir", str(Path.cwd())),
+            *requests.follow_options(
+                kind, self.shared, self.follow, partition.minutes if partition else float("inf"),
+                needs_gpus and partition is not None and partition.gpus > 0,
+            ),
+        ]  # fmt: skip
+        return [str(option) for option in requests.with_export(options, variables)], variables
 
     def list_text(self, group: Group) -> str:
         """The list of an array's points, as launch/point.sbatch reads it."""
         return "".join(f"{s.folder.absolute()}\t{(s.folder / 'point.yaml').absolute()}\n" for s in group.states)
-
-    def follow_words(self, name: str, after: Sequence[str], place: Path) -> list[str]:
-        """Options of sbatch of a job that follows."""
-        kept = [word for word in self.options if not re.match(r"--(signal|gpus|nodes|ntasks|exclusive)", word)]
-        return [
-            f"--job-name={self.sweep.name}-{name}", f"--dependency=afterany:{':'.join(after)}", "--nodes=1", "--ntasks=1",
-            f"--output={place.absolute()}/%x-%j.out", f"--chdir={Path.cwd()}", *kept,
-        ]  # fmt: skip
 
     def follow_arguments(self, code: Path) -> dict[str, list[str]]:
         """Commands that follow the points, by name."""
@@ -214,8 +195,8 @@ class Submission:
         if self.sweep.budgets:
             common += ["--budget", *(repr(budget) for budget in self.sweep.budgets)]
         commands = {"collect": ["sweep", "collect", *common]}
-        if self.args.evaluate is not None:
-            commands["evaluate"] = ["sweep", "evaluate", *common, "--", *shlex.split(self.args.evaluate)]
+        if self.evaluate is not None:
+            commands["evaluate"] = ["sweep", "evaluate", *common, "--", *shlex.split(self.evaluate)]
         return commands
 
     def dry_run(self, groups: Sequence[Group], root: Path, say: Callable[[str], None]) -> None:
@@ -223,46 +204,85 @@ class Submission:
         place, code = self.folder.slurm, self.folder.code / "code-HASH"
         for group in groups:
             file = place / f"{group.name}-{self.stamp}.txt"
-            options, variables = self.words(group, file)
-            given = {**_environment(self.site, code), **variables}
+            options, variables = self._request(group, file, code)
             say(f"# {file}\n{self.list_text(group)}")
-            say(" ".join(f"{k}={shlex.quote(v)}" for k, v in given.items()) + " \\")
-            say(f"  sbatch {shlex.join(options)} launch/point.sbatch\n")
-        for name, words in self.follow_arguments(code).items():
-            options = self.follow_words(name, ["JOBS"], place)
-            say(f"sbatch {shlex.join(options)} launch/follow.sbatch {shlex.join(words)}\n")
+            say(f"{_assignments(variables)} \\\n  sbatch {shlex.join(options)} launch/point.sbatch\n")
+            self.jobs.append({"kind": "points", "group": group.name, "options": options, "variables": variables})
+        for kind, words in self.follow_arguments(code).items():
+            options, variables = self._follow_request(kind, code, ["JOBS"], any(group.needs_gpus for group in groups))
+            say(
+                f"{_assignments(variables)} \\\n  sbatch {shlex.join(options)} launch/follow.sbatch {shlex.join(words)}\n"
+            )
+            self.jobs.append({"kind": kind, "options": options, "variables": variables, "arguments": words})
         for script in ("point.sbatch", "follow.sbatch", "common.sh"):
             say(f"# launch/{script}\n{(root / 'launch' / script).read_text(encoding='utf-8')}")
 
     def submit(self, groups: Sequence[Group], code: Path, say: Callable[[str], None]) -> None:
-        """Submit the arrays and what follows them."""
-        log, place = JsonLines(self.folder.jobs_file), self.folder.slurm
+        """Submit the arrays and what follows them; call under the sweep's lock.
+
+        What follows waits for all points that are alive, also of earlier submissions, and takes the place of what those
+        have chained: an older one would write an older table.
+        """
+        place, earlier = self.folder.slurm, _alive(self.folder)
+        with_gpus = any(group.needs_gpus for group in groups)
+        for line, _ in earlier:
+            if line["kind"] == "evaluate" and self.evaluate is None:
+                self.evaluate = str(line.get("options", ""))
+                say(f"evaluation with {self.evaluate or 'no options'}, as job {line['job']} would have done it")
+        self._choose_stamp()
         copy_file(self.sweep.file, place / f"{self.stamp}.yaml")
-        requests = []
+        arrays = []
         for group in groups:
             file = place / f"{group.name}-{self.stamp}.txt"
             write_text(file, self.list_text(group))
-            options, variables = self.words(group, file)
-            request = (options, {**_environment(self.site, code), **variables})
-            slurm.check_submission(code / "launch" / "point.sbatch", *request)
-            requests.append((group, request))
-        numbers = []
-        for group, (options, variables) in requests:
-            number = slurm.submit(code / "launch" / "point.sbatch", options, variables)
-            # At once, so that a kill here does not lead to a second array of the same points.
-            points = [state.hash for state in group.states]
-            log.write({"kind": "points", "job": number, "group": group.name, "points": points, "time": time.time()})
-            numbers.append(number)
-            say(f"job {number}: {len(points)} points of {group.name}, {_shape(group)}")
-        for name, words in self.follow_arguments(code).items():
-            options = self.follow_words(name, numbers, place)
-            number = slurm.submit(
-                code / "launch" / "follow.sbatch", options, _environment(self.site, code), arguments=words
+            arrays.append((group, *self._request(group, file, code)))
+            slurm.check_submission(code / "launch" / "point.sbatch", *arrays[-1][1:])
+        commands = self.follow_arguments(code)
+        # Before the first submission, so that nothing is half submitted.
+        for kind, words in commands.items():
+            slurm.check_submission(
+                code / "launch" / "follow.sbatch", *self._follow_request(kind, code, [], with_gpus), words
             )
-            log.write({"kind": name, "job": number, "time": time.time()})
-            say(f"job {number}: {name}, when the points have ended")
-            numbers = [number]
-        log.close()
+        with contextlib.closing(JsonLines(self.folder.jobs_file)) as log:
+            numbers = []
+            for group, options, variables in arrays:
+                number = slurm.submit(code / "launch" / "point.sbatch", options, variables)
+                # At once, so that a kill here does not lead to a second array of the same points.
+                points = [state.hash for state in group.states]
+                self._note(log, {"kind": "points", "job": number, "group": group.name, "points": points})
+                numbers.append(number)
+                say(f"job {number}: {len(points)} points of {group.name}, {_shape(group)}")
+            numbers += [str(line["job"]) for line, _ in earlier]
+            for kind, words in commands.items():
+                options, variables = self._follow_request(kind, code, numbers, with_gpus)
+                number = slurm.submit(code / "launch" / "follow.sbatch", options, variables, words)
+                note = {"kind": kind, "job": number}
+                self._note(log, note if kind == "collect" else {**note, "options": self.evaluate})
+                say(f"job {number}: {kind}, when the points have ended")
+                numbers = [number]
+        replaced = [
+            str(line["job"])
+            for line, tasks in earlier
+            if line["kind"] != "points" and all(task.state == "PENDING" for task in tasks.values())
+        ]
+        if replaced:
+            slurm.cancel(reversed(replaced))
+            say(f"cancelled jobs {', '.join(replaced)}, in whose place these are")
+
+    def _choose_stamp(self) -> None:
+        """A name of this submission's files that none has; two may be made in one second."""
+        first, number = self.stamp, 1
+        while (self.folder.slurm / f"{self.stamp}.yaml").exists():
+            number += 1
+            self.stamp = f"{first}-{number}"
+
+    def _note(self, log: JsonLines, values: dict[str, Any]) -> None:
+        log.write({**values, "time": time.time()})
+        self.jobs.append(values)
+
+
+def _assignments(variables: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def _shape(group: Group) -> str:
@@ -281,31 +301,42 @@ def submit_sweep(
     sweep: Sweep,
     folder: SweepFolder,
     points: list[Point],
+    check_points: Callable[[bool], None],
     prepared_states: Callable[[], list[PointState]],
     register: Callable[[list[PointState], Path], None],
     say: Callable[[str], None],
-) -> int:
+) -> tuple[int, dict[str, Any]]:
     """Submit what is neither finished, nor queued, nor given up.
 
     Args:
         args: of `add_arguments`.
         points: all points of the sweep.
+        check_points: refuses points that cannot work; gets whether they run on GPUs.
         prepared_states: prepares the data, and returns the points' states.
         register: writes what is going to run into the points' folders; gets the states and the code's snapshot.
         say: prints a line.
 
     Raises:
         ConfigurationError, SlurmError: before anything is submitted.
+
+    Returns:
+        The exit code, and plain values: the jobs, and every point with its state.
     """
     if args.throttle < 0:
         raise ConfigurationError(f"--throttle {args.throttle} must be 0 (all) or more")
     site, root = load_site(), source_tree()
     submission = Submission(args, sweep, folder, site)
+    if sweep.stop_lost is not None:
+        say(
+            "WARNING stop_lost: points that are jobs do not watch each other, so none is ended early; sweep run does it"
+        )
     everything = [PointState(point, "", folder.points / point.name, "pending") for point in points]
     if args.dry_run:
+        check_points(bool(args.device) and args.device != "cpu")
         submission.dry_run(groups_of(sweep, everything), root, say)
-        return 0
+        return 0, {"jobs": submission.jobs, "points": _rows(everything)}
     submission.check(groups_of(sweep, everything))
+    check_points(submission.on_gpus)
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.lock():
         folder.claim(sweep)
@@ -319,9 +350,19 @@ def submit_sweep(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {finished} finished, "
             f"{len(waiting)} queued or running, {given_up} given up, {len(todo)} to submit"
         )
-        if not todo:
-            return 1 if given_up else 0
-        code = snapshot(root, folder.code).absolute()
-        register(todo, code)
-        submission.submit(groups_of(sweep, todo), code, say)
-    return 0
+        if todo:
+            code = snapshot(root, folder.code).absolute()
+            register(todo, code)
+            submission.submit(groups_of(sweep, todo), code, say)
+            waiting |= {state.hash: "PENDING" for state in todo}
+        for state in states:
+            if not state.is_final and state.status != "running" and state.hash in waiting:
+                state.status = "queued"
+    return 1 if given_up and not todo else 0, {"jobs": submission.jobs, "points": _rows(states)}
+
+
+def _rows(states: Sequence[PointState]) -> list[dict[str, str]]:
+    return [
+        {"point": state.point.name, "hash": state.hash, "status": state.status, "folder": str(state.folder)}
+        for state in states
+    ]

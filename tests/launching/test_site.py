@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from megagamma.errors import ConfigurationError
+from megagamma.launching.sbatch_options import Option
 from megagamma.launching.site import NAMES, load_site, site_file
 from megagamma.launching.snapshot import snapshot
+from megagamma.source import Source, source_of
 
 
 def site(folder: Path, text: str) -> Path:
@@ -29,7 +31,7 @@ def test_a_site_file_is_read_as_bash_reads_it(tmp_path: Path, monkeypatch: pytes
         "export MEGAGAMMA_SIGNAL_SECONDS=120\nMEGAGAMMA_SBATCH='--gpus-per-node=8 --comment=\"a b\"'\n",
     )
     found = load_site(path)
-    assert found.sbatch_options() == [
+    assert [str(option) for option in found.sbatch_options()] == [
         "--partition=gpu", "--account=mine", "--signal=B:USR1@120", "--gpus-per-node=8", "--comment=a b",
     ]  # fmt: skip
 
@@ -76,7 +78,7 @@ def test_the_example_is_valid_as_it_is_and_uncommented(tmp_path: Path, root: Pat
     image = tmp_path / "megagamma.sif"
     image.touch()
     text = "\n".join(lines).replace("/images/megagamma.sif", str(image))
-    assert "--partition=gpu" in load_site(site(tmp_path, text)).sbatch_options()
+    assert Option("partition", "gpu") in load_site(site(tmp_path, text)).sbatch_options()
 
 
 def checkout(folder: Path) -> Path:
@@ -95,7 +97,7 @@ def test_a_snapshot_is_made_once_per_content(tmp_path: Path) -> None:
         (first,) = {*threads.map(lambda _: snapshot(root, store), range(8))}
     assert [path.name for path in store.iterdir()] == [first.name], "nothing else is left"
     files = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
-    assert files == ["configs/a.yaml", "launch/x.sh", "megagamma/pretrain.py", "pyproject.toml"]
+    assert files == ["configs/a.yaml", "launch/x.sh", "megagamma/pretrain.py", "pyproject.toml", "snapshot.json"]
     assert (first / "launch" / "x.sh").stat().st_mode & 0o111
     (root / "runs" / "big" / "metrics.jsonl").write_text("more")
     assert snapshot(root, store) == first
@@ -106,10 +108,40 @@ def test_a_snapshot_is_made_once_per_content(tmp_path: Path) -> None:
         snapshot(tmp_path, store)
 
 
+def test_a_snapshot_keeps_its_commit(tmp_path: Path) -> None:
+    """It lies inside the checkout, whose later commits it is not of."""
+    root = checkout(tmp_path / "code")
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", str(root), *identity, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    git("add", "megagamma/pretrain.py", "configs")
+    git("commit", "--quiet", "--message=first")
+    first = git("rev-parse", "HEAD")
+    clean = snapshot(root, root / "runs" / ".code")
+    (root / "configs" / "a.yaml").write_text("edited")
+    edited = snapshot(root, root / "runs" / ".code")
+    git("commit", "--quiet", "--all", "--message=second")
+    assert str(source_of(root)) == git("rev-parse", "HEAD") != first
+    assert str(source_of(clean)) == first and str(source_of(edited)) == f"{first}+"
+    # A copy of a copy is of the same commit; outside of a checkout there is none, also where the copy is inside of one.
+    assert str(source_of(snapshot(edited, tmp_path / "again"))) == f"{first}+"
+    assert source_of(snapshot(checkout(tmp_path / "plain"), root / "runs")) == Source(None, False)
+
+
 def test_a_snapshot_of_this_code_runs(tmp_path: Path, root: Path) -> None:
     copy = snapshot(root, tmp_path)
     code = "import megagamma.launching.supervisor as it; print(it.__file__)"
+    (copy / "snapshot.json").write_text('{"commit": "abc", "is_changed": true}')
     done = subprocess.run(
         [sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(copy)}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(copy / "megagamma" / "launching" / "supervisor.py")
+    code = "from megagamma.runs.provenance import source_commit; print(source_commit())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env={"PYTHONPATH": str(copy)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "abc+", "what a run's provenance.json says"

@@ -99,7 +99,7 @@ def test_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_times_of_slurm() -> None:
-    minutes = [slurm._minutes(text) for text in ("30", "30:30", "2:00:00", "1-00:00:00", "1-12", "infinite", "n/a")]
+    minutes = [slurm.minutes_of(text) for text in ("30", "30:30", "2:00:00", "1-00:00:00", "1-12", "infinite", "n/a")]
     assert minutes == [30, 30.5, 120, 1440, 2160, float("inf"), float("inf")]
 
 

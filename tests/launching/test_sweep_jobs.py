@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.slurm import ROOT, Cluster, until
+from support.sweeps import table, write_study
 
 from megagamma.commands import sweep as command
 from megagamma.errors import ConfigurationError
@@ -22,35 +21,16 @@ from megagamma.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("slurm")]
 
-# Where and how often a point was started is not its result.
-NOT_RESULTS = ("attempts", "failures", "problem", "code", "commit", "training_seconds")
-
-
-def options(cache: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "data.cache": cache, "run.steps": 10, "run.threads": 1, "logging.sample_tokens": 0, "validation.interval": 5,
-        "run.device": "cpu", **changes,
-    }  # fmt: skip
+BASE = {
+    "set": {"run.steps": 10, "run.threads": 1, "validation.interval": 5, "run.device": "cpu"},
+    "axes": {"init.gamma": [0.5, 1.0]},
+    "seeds": [1],
+    "launch": {"processes": 2, "nodes": 2, "time": "10"},
+}  # fmt: skip
 
 
 def write(folder: Path, cache: str, **changes: Any) -> Path:
-    values = {
-        "name": "study",
-        "config": "configs/smoke.yaml",
-        "set": options(cache),
-        "axes": {"init.gamma": [0.5, 1.0]},
-        "seeds": [1],
-        "launch": {"processes": 2, "nodes": 2, "time": "10"},
-        **changes,
-    }  # fmt: skip
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-def table(state: Path) -> list[dict[str, str]]:
-    with open(state / "table.csv") as file:
-        return [{key: row[key] for key in row if key not in NOT_RESULTS} for row in csv.DictReader(file)]
+    return write_study(folder, cache, BASE, **changes)
 
 
 def jobs_of(state: Path) -> list[dict[str, Any]]:
@@ -118,7 +98,7 @@ def test_one_command_from_the_plan_to_the_table(
         assert in_cluster.wait(urgent) == "COMPLETED"
 
     length = {"run.steps": 60, "validation.interval": 30}
-    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache, set=options(data_cache, **length)), capsys, preempt)
+    jobs = study(in_cluster, tmp_path, write(tmp_path, data_cache, set=length), capsys, preempt)
     assert [job["kind"] for job in jobs] == ["points", "collect"]
     for point in sorted((state / "points").iterdir()):
         ends = [line["kind"] for line in RunFolder(point).attempts().read() if line["event"] == "end"]
@@ -162,7 +142,9 @@ def test_queued_points_are_left_alone_and_cancelled(
     in_cluster.wait(blocker, "RUNNING")
     path, state = write(tmp_path, data_cache), tmp_path / "state"
     arguments = [str(path), "--state", str(state)]
-    assert command.main(["submit", *arguments]) == 0
+    # Scoring is chained too, and is not lost when a later call does not repeat it.
+    follow = ["--follow_sbatch=--time=7"]
+    assert command.main(["submit", *arguments, "--evaluate", "--tasks quick", *follow]) == 0
     first = jobs_of(state)
     assert command.main(["submit", *arguments]) == 0
     assert "2 queued or running, 0 given up, 0 to submit" in capsys.readouterr().out
@@ -170,7 +152,20 @@ def test_queued_points_are_left_alone_and_cancelled(
     # A longer sweep: only the new points are submitted.
     path = write(tmp_path, data_cache, seeds=[1, 2])
     assert command.main(["submit", *arguments]) == 0
-    assert "2 queued or running, 0 given up, 2 to submit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 queued or running, 0 given up, 2 to submit" in said
+    # One table at the end, of all: the first collection would have written it without the new points.
+    kinds = [(job["kind"], job["job"]) for job in jobs_of(state)]
+    assert [kind for kind, _ in kinds] == ["points", "collect", "evaluate", "points", "collect", "evaluate"]
+    old, collect, evaluate, new, last, scores = (number for _, number in kinds)
+    assert {in_cluster.state(number) for number in (collect, evaluate)} == {"CANCELLED"}
+    assert f"cancelled jobs {collect}, {evaluate}, in whose place these are" in said
+    after = in_cluster.field(last, "Dependency")
+    assert f"afterany:{old}_*" in after and f"afterany:{new}_*" in after and in_cluster.state(last) == "PENDING"
+    assert in_cluster.field(scores, "Dependency") == f"afterany:{last}(unfulfilled)"
+    assert in_cluster.field(last, "TimeLimit") == "01:00:00" and in_cluster.field(evaluate, "TimeLimit") == "00:07:00"
+    # Each submission has files of its own, also within a second.
+    assert len(list((state / "slurm").glob("study-*.txt"))) == 2 == len(list((state / "slurm").glob("*.yaml")))
     assert command.main(["status", *arguments]) == 0
     assert "4 points: 4 queued" in capsys.readouterr().out
     assert command.main(["cancel", *arguments]) == 0
@@ -183,8 +178,14 @@ def test_queued_points_are_left_alone_and_cancelled(
 REFUSED = [
     ({}, ["--partition", "none"], "--partition=none: this cluster has no such partition: use main or urgent"),
     ({"launch": {"processes": 16, "nodes": 8}, "set": {"data.global_batch_size": 16}}, [], "at most 4 nodes"),
-    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9}}, [], "have 8 GPUs: ask for fewer"),
+    ({"launch": {"processes": 9}, "set": {"data.global_batch_size": 9, "run.device": "auto"}}, [], "have 8 GPUs: ask"),
     ({}, ["--throttle", "-1"], "--throttle -1 must be 0"),
+    ({}, ["--sbatch=-p none"], "--partition=none: this cluster has no such partition"),
+    ({}, ["--partition=urgent,none"], "--partition=none: this cluster has no such partition"),
+    ({"launch": {"processes": 2, "nodes": 2, "time": "2:00:00"}}, ["--sbatch", "-p urgent"],
+     "points of study: launch.time=2:00:00: partition urgent gives a job at most 60 minutes"),
+    ({}, ["--follow_sbatch=--gpus-per-node=9"], "--gpus-per-node=9: nodes of partition main have 8"),
+    ({"set": {"parallel.memory_gib": 0.001}}, [], "point gamma0.5-seed1: "),
 ]  # fmt: skip
 
 
@@ -192,13 +193,12 @@ REFUSED = [
 def test_refused_before_anything_is_submitted(
     in_cluster: Cluster, tmp_path: Path, data_cache: str, changes: dict[str, Any], more: list[str], message: str
 ) -> None:
-    if "set" in changes:
-        changes = {**changes, "set": {"data.cache": data_cache, **changes["set"]}}
     path, state = write(tmp_path, data_cache, **changes), tmp_path / "state"
     with pytest.raises(ConfigurationError) as refused:
         command.main(["submit", str(path), "--state", str(state), *more])
     assert message in str(refused.value)
-    assert not (state / "slurm").exists()
+    assert not (state / "slurm" / "jobs.jsonl").exists()
+    assert in_cluster.call("squeue", "--noheader").strip() == "", "nor is anything half submitted"
 
 
 def test_a_site_file_is_used_and_checked(
@@ -218,8 +218,38 @@ def test_a_site_file_is_used_and_checked(
         assert not (state / "slurm").exists()
 
 
-def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str) -> None:
-    """Under plain bash, with no SLURM in PATH: every script that would be submitted."""
+def test_variables_reach_every_rank(
+    in_cluster: Cluster, tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a site keeps the environment from jobs, and its file names another number of processes."""
+    site, python = tmp_path / "site.sh", tmp_path / "python.sh"
+    # In place of training: says who it is, and ends as for a mistake of the user's.
+    python.write_text(
+        f'#!/bin/bash\necho "$MEGAGAMMA_POINTS" > {tmp_path}/rank-$SLURM_PROCID-of-$SLURM_NTASKS\nexit 2\n'
+    )
+    python.chmod(0o755)
+    site.write_text("export MEGAGAMMA_TASKS_PER_NODE=8\n")
+    for name, value in (("SITE", str(site)), ("PYTHON", str(python)), ("HOST_PYTHON", sys.executable)):
+        monkeypatch.setenv(f"MEGAGAMMA_{name}", value)
+    for name in ("SBATCH_EXPORT", "SLURM_EXPORT_ENV"):
+        monkeypatch.setenv(name, "NONE")
+    path, state = write(tmp_path, data_cache, axes={"init.gamma": [0.5]}), tmp_path / "state"
+    assert command.main(["submit", str(path), "--state", str(state)]) == 0
+    points, collect = jobs_of(state)
+    assert in_cluster.wait(points["job"]) == "FAILED"
+    assert in_cluster.wait(collect["job"]) in ("FAILED", "COMPLETED")
+    said = "".join(file.read_text() for file in (state / "slurm").glob("*.out"))
+    ranks = sorted(file.name for file in tmp_path.glob("rank-*-of-*") if file.name != "rank-0-of-1")
+    assert ranks == ["rank-0-of-2", "rank-1-of-2"], said
+    assert {(tmp_path / name).read_text().strip() for name in ranks} == {
+        str(next((state / "slurm").glob("study-*.txt")))
+    }
+
+
+@pytest.mark.parametrize("way", [["--dry_run"], ["MEGAGAMMA_DRY_RUN"]])
+def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str, way: list[str]) -> None:
+    """Under plain bash, with no SLURM in PATH: the plan, and every script that would be submitted."""
+    words, variables = (way, {}) if way == ["--dry_run"] else ([], {way[0]: "1"})
     path, state = write(tmp_path, data_cache), tmp_path / "state"
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -229,14 +259,16 @@ def test_a_dry_run_needs_no_slurm(tmp_path: Path, data_cache: str) -> None:
         ).stdout.strip()
         (programs / name).symlink_to(found)
     done = subprocess.run(
-        ["bash", "launch/scale_sweep.sh", str(path), "--state", str(state), "--dry_run", "--evaluate", "--tasks quick"],
-        cwd=ROOT, env={"PATH": str(programs), "HOME": str(tmp_path), "MEGAGAMMA_PYTHON": sys.executable},
+        ["bash", "launch/scale_sweep.sh", str(path), "--state", str(state), "--mfu", "0.3", *words, "--evaluate",
+         "--tasks quick"],
+        cwd=ROOT, env={"PATH": str(programs), "HOME": str(tmp_path), "MEGAGAMMA_PYTHON": sys.executable, **variables},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (
         "gamma0.5-seed1\t", "sbatch --job-name=study --array=0-1", "--nodes=2 --ntasks-per-node=1", "launch/point.sbatch",
         "#SBATCH --requeue --signal=B:USR1@300", "sweep collect", "sweep evaluate", "-- --tasks quick",
+        "speed: 30% (stated) of this machine's",
     ):  # fmt: skip
         assert text in done.stdout
     assert not state.exists()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from support.slurm import until
+from support.sweeps import table, write_study
 
 from megagamma.commands import sweep as command
 from megagamma.errors import ConfigurationError
@@ -24,36 +22,11 @@ from megagamma.scaling.runner import Runner, code_of_point, divide, is_lost
 from megagamma.scaling.spec import StopLost, read_sweep
 
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("forked")]
-# What differs between two sweeps of equal results.
-NOT_RESULTS = ("attempts", "failures", "problem", "code", "commit", "training_seconds")
+BASE = {"set": {"run.steps": 12, "checkpoint.interval": 4, "validation.interval": 6}}
 
 
 def write(folder: Path, cache: str, **changes: Any) -> Path:
-    values = {
-        "name": "study",
-        "config": "configs/smoke.yaml",
-        "set": {
-            "data.cache": cache, "run.steps": 12, "logging.sample_tokens": 0, "checkpoint.interval": 4,
-            "validation.interval": 6, **changes.pop("set", {}),
-        },
-        **changes,
-    }  # fmt: skip
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
-
-
-def table(state: Path) -> list[dict[str, str]]:
-    with open(state / "table.csv") as file:
-        return [{key: row[key] for key in row if key not in NOT_RESULTS} for row in csv.DictReader(file)]
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return value
+    return write_study(folder, cache, BASE, **changes)
 
 
 def lock_of(folder: Path) -> dict[str, Any] | None:

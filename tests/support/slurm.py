@@ -7,21 +7,25 @@ is touched, no service is started, and nothing outlives `stop`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import getpass
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 GPUS = 8
+PORT = 18317
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 # Without control groups, accounting and authentication; quick to notice and to requeue. cred_expire is also how long a
@@ -86,23 +90,38 @@ def why_not() -> str:
     return ""
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120, what: str = "") -> Any:
     """Wait for a condition; returns its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"waited {seconds} s in vain for {what or condition}"
-        time.sleep(0.1)
+        time.sleep(0.05)
     return value
+
+
+def _free_place() -> tuple[TextIO, int]:
+    """A lock that is held as long as the file is open, and the number of the ports and the subnet that are ours with it."""
+    for number in range(20):
+        place = open(Path(tempfile.gettempdir()) / f"megagamma-slurm-{number}.lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.create_server(("", PORT + 200 * number)):  # nor one that knows of no lock
+                return place, number
+        except OSError:
+            place.close()
+    raise AssertionError("20 clusters at once")
 
 
 class Cluster:
     """A SLURM of its own."""
 
-    def __init__(self, folder: Path, port: int = 17317, subnet: str = "10.83.0", nodes: int = 4) -> None:
-        """Start it. Two at once need ports 200 apart and other subnets."""
-        self.folder, self.port, self.subnet = folder, port, subnet
+    def __init__(self, folder: Path, nodes: int = 4) -> None:
+        """Start it, beside those that other test runs on this machine have."""
+        self.folder = folder
+        self._place, number = _free_place()
+        self.port, self.subnet = PORT + 200 * number, f"10.{84 + number}.0"
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
-        self.bridge = f"mg{port}"
+        self.bridge = f"mg{self.port}"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         kept = {
             name: value
@@ -184,6 +203,7 @@ class Cluster:
         except subprocess.TimeoutExpired:
             self._controller.kill()
         self._ip(f"link del {self.bridge}", check=False)
+        self._place.close()
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
