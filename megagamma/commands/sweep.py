@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.environment import visible_gpus
-from megagamma.errors import ConfigurationError, DataError
+from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.reporting.log import duration
 from megagamma.reporting.tables import aligned_table
 from megagamma.runs.lock import read_lock
@@ -35,8 +35,9 @@ from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
 from megagamma.scaling.plan import make_plan, speed_of
-from megagamma.scaling.points import Point, expand, vocabulary_of
+from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
+from megagamma.scaling.tuning import best_values, last_loss, learning_rate_line
 
 GIB = 2**30
 
@@ -90,10 +91,10 @@ def _folder(args: argparse.Namespace, sweep: Sweep) -> SweepFolder:
     return SweepFolder(args.state or Path("runs") / "sweeps" / sweep.name)
 
 
-def _load(args: argparse.Namespace) -> tuple[Sweep, SweepFolder, list[Point]]:
+def _load(args: argparse.Namespace, any_budget: bool = False) -> tuple[Sweep, SweepFolder, list[Point]]:
     sweep = read_sweep(args.sweep, None if args.budget is None else tuple(args.budget), args.tree)
     folder = _folder(args, sweep)
-    folder.check(sweep)
+    folder.check(sweep, any_budget)
     return sweep, folder, expand(sweep, folder.points)
 
 
@@ -114,12 +115,18 @@ def prepare_data(points: list[Point]) -> None:
         seen.add(key)
 
 
-def _states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> list[PointState]:
-    """States of all points; empty where the data is not prepared yet, so that nothing can have been run."""
+def _states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> tuple[list[PointState], list[str]]:
+    """States of all points; none, and a warning, where their data or the trunk that they branch from is not there.
+
+    An embedded text that is not prepared yet is no surprise: `run` prepares it.
+    """
     try:
-        return folder.states(points, sweep.retries)
-    except DataError:
-        return []
+        return folder.states(points, sweep.retries), []
+    except (CheckpointError, DataError) as error:
+        texts = [Path(embedded_folder(point.config)) for point in points if point.config.data.corpus]
+        if isinstance(error, DataError) and not all(text.is_dir() for text in texts) and not folder.known():
+            return [], []
+        return [], [f"{error}; until then no point can run, and none is known to be finished"]
 
 
 def _assumes_vocabulary(points: list[Point]) -> bool:
@@ -128,10 +135,11 @@ def _assumes_vocabulary(points: list[Point]) -> bool:
 
 def plan(args: argparse.Namespace) -> int:
     """Print the plan."""
-    sweep, folder, points = _load(args)
-    states = _states(folder, points, sweep)
+    sweep, folder, points = _load(args, any_budget=True)
+    states, warnings = _states(folder, points, sweep)
     speed = speed_of(states, args.device, args.mfu, bool(visible_gpus()))
     values = make_plan(sweep, points, states, speed, _assumes_vocabulary(points))
+    values["warnings"] = warnings + values["warnings"]
     if args.json:
         print(json.dumps(values, indent=2))
     else:
@@ -151,18 +159,8 @@ def print_plan(values: dict[str, Any]) -> None:
         for row in rows
     ]  # fmt: skip
     titles = (
-        "point",
-        "seeds",
-        "parameters",
-        "non-emb.",
-        "tokens",
-        "/param",
-        "FLOPs",
-        "lr",
-        "ranks",
-        "GiB/rank",
-        "time",
-    )
+        "point", "seeds", "parameters", "non-emb.", "tokens", "/param", "FLOPs", "lr", "ranks", "GiB/rank", "time",
+    )  # fmt: skip
     print(f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished")
     print(aligned_table(titles, _widths(titles, cells), cells))
     total = values["total"]
@@ -219,7 +217,10 @@ def run(args: argparse.Namespace) -> int:
 def notice_other_code(
     folder: SweepFolder, states: list[PointState], strict_code: bool, say: Callable[[str], None]
 ) -> None:
-    """Report points that another version of the code finished; where asked, set them aside so that they are run again."""
+    """Report points that another version of the code, or another kind of machine, finished; where asked, set those of
+    another version aside so that they are run again."""
+    for warning in results.machine_warnings(states):
+        say(f"WARNING {warning}")
     code = code_hash()
     others = [state for state in states if state.status in FINAL and state.code != code]
     if not others:
@@ -244,7 +245,7 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     rows = results.rows_of(sweep, states)
     results.write_table(folder, rows)
     summary = results.summary(sweep, states)
-    _, warnings = results.best_values(sweep, states)
+    warnings = best_values(sweep, states)[1] + results.machine_warnings(states)
     if as_json:
         print(json.dumps({"rows": rows, "summary": summary, "warnings": warnings}, indent=2))
         return
@@ -260,9 +261,7 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     print("\n" + aligned_table(titles, _widths(titles, cells), cells))
     if any(row["best"] for row in summary):
         print("* best of its tuned axes")
-    from megagamma.scaling.plan import learning_rate_line
-
-    print(learning_rate_line(sweep))
+    print(learning_rate_line(sweep, [state.point for state in states]))
     for warning in warnings:
         print(f"WARNING {warning}")
     print(f"wrote {folder.csv_file} and {folder.parquet_file}: {len(rows)} rows")
@@ -323,8 +322,7 @@ def _one_line(text: str) -> str:
 
 
 def _loss_cell(state: PointState) -> str:
-    name = results.first_set(state.metrics)
-    value = next((line[name] for line in reversed(state.metrics) if line.get(name) is not None), None)
+    value = last_loss(state.metrics)
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -333,14 +331,18 @@ def retry(args: argparse.Namespace) -> int:
     sweep, folder, points = _load(args)
     states = _require_states(folder, points, sweep)
     names = {state.point.name: state for state in states}
+    retryable = ("given up", "failed", "diverged", "behind")
     for name in args.points:
         if name not in names:
             raise ConfigurationError(f"{name}: is not a point of {sweep.file}: see megagamma sweep status")
+        if names[name].status not in retryable:
+            raise ConfigurationError(
+                f"{name}: is {names[name].status}: retry is for points that are {', '.join(retryable)}: leave it out"
+            )
     chosen = [names[name] for name in args.points] or [s for s in states if s.status == "given up"]
     with folder.lock():
         for state in chosen:
-            if state.status in ("given up", "failed", "diverged", "behind"):
-                forgive(state)
+            forgive(state)
     print(f"{len(chosen)} points may run again: megagamma sweep run {sweep.file}")
     return 0
 

@@ -14,14 +14,16 @@ from megagamma.planning.flops import (
     known_peak_flops,
     measure_matmul_peak,
     parameter_counts,
-    tokens_for_budget,
 )
 from megagamma.planning.memory import check_fits
 from megagamma.planning.memory import plan as plan_memory
+from megagamma.scaling.collect import machine_warnings
 from megagamma.scaling.folder import PointState
-from megagamma.scaling.points import Point, axes_of, differing_options
+from megagamma.scaling.grid import BUDGET, Sweep
+from megagamma.scaling.options import schema_option
+from megagamma.scaling.points import Point, differing_options
 from megagamma.scaling.rules import describe
-from megagamma.scaling.spec import Sweep
+from megagamma.scaling.tuning import learning_rate_line
 
 # fp32 weights and two moments.
 _BYTES_PER_WEIGHT = 12
@@ -35,7 +37,7 @@ class Speed:
     """How fast a process of the sweep computes."""
 
     flops_per_second: float
-    """Model FLOPs of one process per second."""
+    """Model FLOPs per second: of one process on a GPU; of all processes of a node on a CPU, whose cores they share."""
     source: str
     """Where the number comes from, in words."""
     device: str
@@ -63,13 +65,13 @@ def speed_of(states: list[PointState], device: str, mfu: float | None, is_gpu_he
         share = mfu or GPU_UTILIZATION
         kind = "stated" if mfu else "assumed"
         return Speed(peak * share, f"{share:.0%} MFU ({kind}) of {device}'s {peak / 1e12:,.0f} TFLOP/s in bf16", "cuda")
+    here = "cuda" if is_gpu_here and device != "cpu" else "cpu"
     measured = [
-        line["tflops"] * 1e12 / state.point.launch.processes
+        line["tflops"] * 1e12 / _computers(state.point, here)
         for state in states
         for line in state.metrics[len(state.metrics) // 2 :]
         if state.status == "done" and line.get("tflops")
     ]
-    here = "cuda" if is_gpu_here and device != "cpu" else "cpu"
     if here == "cuda" and torch.cuda.is_available():
         peak = known_peak_flops(torch.cuda.get_device_name(0))
         if peak is not None and not (measured and mfu is None):
@@ -86,6 +88,11 @@ def speed_of(states: list[PointState], device: str, mfu: float | None, is_gpu_he
         f"{share:.0%} ({kind}) of this machine's {peak / 1e9:,.0f} GFLOP/s, measured in fp32 products",
         "cpu",
     )
+
+
+def _computers(point: Point, device: str) -> int:
+    """How many times the speed a point has: once per process, or once per node on CPUs."""
+    return point.launch.processes if device == "cuda" else point.launch.nodes
 
 
 def point_costs(point: Point, speed: Speed) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def point_costs(point: Point, speed: Speed) -> dict[str, Any]:
     saved = point.steps // rules.interval if rules.interval else 0
     rolling = saved + bool(rules.at_end and not (rules.interval and point.steps % rules.interval == 0))
     kept += min(rolling, rules.keep_last) if rules.keep_last else rolling
-    seconds = point.flops / (speed.flops_per_second * point.launch.processes)
+    seconds = point.flops / (speed.flops_per_second * _computers(point, speed.device))
     return {
         "parameters": counts.total,
         "non_embedding": counts.non_embedding,
@@ -132,10 +139,9 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
     Returns:
         Lines for the plan, and warnings.
     """
-    arms = [axis for axis in axes_of(sweep) if axis.name in sweep.arms]
-    named = {option for axis in arms for option in axis.sets}
-    # `init.query: 0.5` is an entry of init.exponents.
-    named |= {"init.exponents" for option in named if option.startswith("init.")}
+    arms = [axis for axis in sweep.grid if axis.name in sweep.arms]
+    named = {schema_option(option) for axis in arms for option in axis.sets}
+    named |= {f"launch.{key}" for axis in arms for arm in axis.arms for key in arm.launch}
     differ: dict[str, set[str]] = {}
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
@@ -143,7 +149,7 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
         groups.setdefault((*context, point.seed), []).append(point)
     for members in groups.values():
         for other in members[1:]:
-            for option in differing_options(members[0].config, other.config):
+            for option in differing_options(members[0], other):
                 differ.setdefault(option, set()).update(m.name for m in (members[0], other))
     lines, warnings = [], []
     if arms and len(points) > len(groups):
@@ -157,19 +163,9 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
                 f"{option} differs between arms too (a rule or a derived default gives {' and '.join(example)} other values): "
                 "the comparison is not of the arms alone"
             )
-    lines.append(learning_rate_line(sweep))
+    lines.append(learning_rate_line(sweep, points))
     lines += [describe(option, rule) for option, rule in sweep.rules.items()]
     return lines, warnings
-
-
-def learning_rate_line(sweep: Sweep) -> str:
-    """Whether the learning rate is tuned."""
-    for axis in sweep.axes:
-        if axis.is_tuned and "optimizer.lr" in axis.sets:
-            values = ", ".join(str(arm.value) for arm in axis.arms)
-            kind = "factors of its rule" if axis.arms[0].factor else "values"
-            return f"learning rate: tuned per arm and size over the {kind} {values}"
-    return "learning rate: untuned: one value per arm and size; a difference between arms may be one of learning rates"
 
 
 def budget_warnings(sweep: Sweep, points: list[Point]) -> list[str]:
@@ -182,7 +178,7 @@ def budget_warnings(sweep: Sweep, points: list[Point]) -> list[str]:
     for budget in sweep.budgets:
         ratios = {}
         for point in points:
-            if point.values.get("budget") == budget:
+            if point.values.get(BUDGET) == budget:
                 count = parameter_counts(point.sized.model).total
                 ratios[count] = point.tokens / count
         smaller = sum(ratio > _OPTIMAL_TOKENS for ratio in ratios.values())
@@ -216,7 +212,7 @@ def make_plan(
                                  "by_rule": point.by_rule, "seeds": 0, "launch": asdict(point.launch), **costs}  # fmt: skip
         rows[point.group]["seeds"] += 1
     lines, warnings = comparison_lines(sweep, points)
-    warnings += budget_warnings(sweep, points)
+    warnings += budget_warnings(sweep, points) + machine_warnings(states)
     if assumed:
         warnings.append(
             "the data is not there to be read: a vocabulary of 32,000 is assumed: prepare it, or set model.vocab_size"
@@ -237,5 +233,4 @@ def make_plan(
         "total": {**total, "seconds": sum(row["seconds"] * row["seeds"] for row in rows.values())},
         "comparison": lines,
         "warnings": warnings,
-        "budget_tokens_at_20": {row["point"]: tokens_for_budget(row["parameters"]) for row in rows.values()},
     }
