@@ -128,7 +128,9 @@ def test_an_axis_may_not_be_named_as_a_column_of_the_table(tmp_path: Path, name:
 
 def test_a_file_keeps_what_its_arm_does_not_set(tmp_path: Path) -> None:
     """Option by option, also where both give a section, or one of them dotted names."""
-    (tmp_path / "arm.yaml").write_text("model: {hidden_size: 32, num_layers: 3, ffn_hidden_size: 64}\ninit.query: 0.5\n")
+    (tmp_path / "arm.yaml").write_text(
+        "model: {hidden_size: 32, num_layers: 3, ffn_hidden_size: 64}\ninit.query: 0.5\n"
+    )
     arms = {
         "file": "arm.yaml",
         "section": {"file": "arm.yaml", "model": {"num_layers": 2}, "init": {"key": 0.7}},
