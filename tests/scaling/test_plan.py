@@ -64,7 +64,7 @@ def test_what_arms_differ_in(tmp_path: Path) -> None:
 
 def test_an_entry_of_a_mapping_is_the_option_of_its_axis(tmp_path: Path) -> None:
     """It is what the arms are meant to differ in; an entry of another mapping that an arm sets alone is not."""
-    for axis, option in (("optimizer.lr_factors.gate", "optimizer.lr_factors"), ("init.query", "init.exponents")):
+    for axis, option in (("optimizer.lr_factors.head", "optimizer.lr_factors"), ("init.query", "init.exponents")):
         values = plan_of(write(tmp_path, axes={axis: [0.5, 1.0]}, rules={}))
         assert f"differ in {option};" in values["comparison"][0]
         assert not any("differs between arms too" in text for text in values["warnings"])

@@ -41,7 +41,9 @@ def states_of(folder: Path, endings: Endings, **changes: Any) -> tuple[Sweep, li
 # Endings of 0.001, 0.002, 0.004 and 0.008, of both seeds where they are one.
 BEST_IS_THIRD = (3.0, 2.5, 2.0)
 EDGES: list[tuple[str, tuple[Any, ...], str, list[str]]] = [
-    ("inside of the sorted values", (3.0, 2.0, 2.5, 4.0), "lr0.002", []),
+    ("inside of the sorted values, first of the file", (3.0, 2.5, 2.0, 4.0), "lr0.004", []),
+    ("at an edge of the sorted values, inside of the file", (2.0, 2.1, 2.5, 3.0),
+     "lr0.001", ["0.001, lies at the lower edge of its grid: the optimum may lie beyond"]),
     ("at an edge of the sorted values", (3.0, 2.9, 2.5, 2.0),
      "lr0.008", ["0.008, lies at the upper edge of its grid: the optimum may lie beyond"]),
     ("the edge is not finished", (*BEST_IS_THIRD, ["given up", 1.0]),
