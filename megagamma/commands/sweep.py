@@ -22,24 +22,20 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megagamma.environment import visible_gpus
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
-from megagamma.reporting.log import duration
-from megagamma.reporting.tables import aligned_table
+from megagamma.reporting.tables import fitted_table
 from megagamma.runs.lock import read_lock
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
-from megagamma.scaling.plan import make_plan, speed_of
+from megagamma.scaling.plan import make_plan, plan_text, speed_of
 from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
 from megagamma.scaling.tuning import best_values, last_loss, learning_rate_line
-
-GIB = 2**30
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,42 +139,8 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, indent=2))
     else:
-        print_plan(values)
+        print(plan_text(values))
     return 0
-
-
-def print_plan(values: dict[str, Any]) -> None:
-    """The plan as text."""
-    rows = values["rows"]
-    cells = [
-        (
-            row["point"], str(row["seeds"]), f"{row['parameters']:,}", f"{row['non_embedding']:,}", f"{row['tokens']:.3g}",
-            f"{row['tokens_per_parameter']:.1f}", f"{row['flops']:.2e}", f"{row['lr']:.3g}", str(row["processes"]),
-            f"{row['memory_bytes_per_rank'] / GIB:.2f}", duration(row["seconds"]),
-        )
-        for row in rows
-    ]  # fmt: skip
-    titles = (
-        "point", "seeds", "parameters", "non-emb.", "tokens", "/param", "FLOPs", "lr", "ranks", "GiB/rank", "time",
-    )  # fmt: skip
-    print(f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished")
-    print(aligned_table(titles, _widths(titles, cells), cells))
-    total = values["total"]
-    unit = "GPU-hours" if values["speed"]["device"] == "cuda" else "process-hours"
-    print(
-        f"\nin all {total['flops']:.3g} FLOPs, {total['tokens']:.3g} tokens, {total['device_hours']:,.2f} {unit}, "
-        f"{total['disk_bytes'] / GIB:.2f} GiB of checkpoints at the end"
-    )
-    print(f"speed: {values['speed']['source']}")
-    print("FLOPs count the head and attention; parameters with embedding and head, and without (non-emb.)")
-    for line in values["comparison"]:
-        print(line)
-    for line in values["warnings"]:
-        print(f"WARNING {line}")
-
-
-def _widths(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(cell[i]) for cell in [titles, *cells]) + (2 if i else 0) for i in range(len(titles))]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -258,7 +220,7 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
         for row in summary
     ]  # fmt: skip
     titles = ("point", "seeds", "lr", "val loss", "std dev.")
-    print("\n" + aligned_table(titles, _widths(titles, cells), cells))
+    print("\n" + fitted_table(titles, cells))
     if any(row["best"] for row in summary):
         print("* best of its tuned axes")
     print(learning_rate_line(sweep, [state.point for state in states]))
@@ -312,7 +274,7 @@ def status(args: argparse.Namespace) -> int:
         for s in states
     ]
     titles = ("point", "status", "step", "loss", "attempts", "problem")
-    for line in aligned_table(titles, _widths(titles, cells), cells).splitlines():
+    for line in fitted_table(titles, cells).splitlines():
         print(line if len(line) <= width else line[: width - 3] + "...")
     return 0
 

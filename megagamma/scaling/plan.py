@@ -17,6 +17,8 @@ from megagamma.planning.flops import (
 )
 from megagamma.planning.memory import check_fits
 from megagamma.planning.memory import plan as plan_memory
+from megagamma.reporting.log import duration
+from megagamma.reporting.tables import fitted_table
 from megagamma.scaling.collect import machine_warnings
 from megagamma.scaling.folder import PointState
 from megagamma.scaling.grid import BUDGET, Sweep
@@ -27,6 +29,7 @@ from megagamma.scaling.tuning import learning_rate_line
 
 # fp32 weights and two moments.
 _BYTES_PER_WEIGHT = 12
+_GIB = 2**30
 _OPTIMAL_TOKENS = 20.0
 CPU_UTILIZATION = 0.5  # assumed where nothing was measured
 GPU_UTILIZATION = 0.4
@@ -234,3 +237,31 @@ def make_plan(
         "comparison": lines,
         "warnings": warnings,
     }
+
+
+def plan_text(values: dict[str, Any]) -> str:
+    """The plan that `make_plan` gave, as text."""
+    cells = [
+        (
+            row["point"], str(row["seeds"]), f"{row['parameters']:,}", f"{row['non_embedding']:,}", f"{row['tokens']:.3g}",
+            f"{row['tokens_per_parameter']:.1f}", f"{row['flops']:.2e}", f"{row['lr']:.3g}", str(row["processes"]),
+            f"{row['memory_bytes_per_rank'] / _GIB:.2f}", duration(row["seconds"]),
+        )
+        for row in values["rows"]
+    ]  # fmt: skip
+    titles = (
+        "point", "seeds", "parameters", "non-emb.", "tokens", "/param", "FLOPs", "lr", "ranks", "GiB/rank", "time",
+    )  # fmt: skip
+    total = values["total"]
+    unit = "GPU-hours" if values["speed"]["device"] == "cuda" else "process-hours"
+    lines = [
+        f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished",
+        fitted_table(titles, cells),
+        f"\nin all {total['flops']:.3g} FLOPs, {total['tokens']:.3g} tokens, {total['device_hours']:,.2f} {unit}, "
+        f"{total['disk_bytes'] / _GIB:.2f} GiB of checkpoints at the end",
+        f"speed: {values['speed']['source']}",
+        "FLOPs count the head and attention; parameters with embedding and head, and without (non-emb.)",
+        *values["comparison"],
+        *(f"WARNING {line}" for line in values["warnings"]),
+    ]
+    return "\n".join(lines)
