@@ -16,33 +16,29 @@ after the file was extended. Exit codes: 0; 1 when points were given up; 2 for w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from megagamma.environment import visible_gpus
-from megagamma.errors import ConfigurationError, DataError
-from megagamma.reporting.log import duration
-from megagamma.reporting.tables import aligned_table
+from megagamma.errors import CheckpointError, ConfigurationError, DataError
+from megagamma.reporting.tables import fitted_table
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import read_lock
 from megagamma.runs.provenance import source_commit
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
-from megagamma.scaling.plan import Speed, make_plan, speed_of
-from megagamma.scaling.points import Point, expand, vocabulary_of
+from megagamma.scaling.plan import Speed, make_plan, plan_text, speed_of
+from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
-
-GIB = 2**30
+from megagamma.scaling.tuning import best_values, last_loss, learning_rate_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,10 +90,10 @@ def _folder(args: argparse.Namespace, sweep: Sweep) -> SweepFolder:
     return SweepFolder(args.state or Path("runs") / "sweeps" / sweep.name)
 
 
-def _load(args: argparse.Namespace) -> tuple[Sweep, SweepFolder, list[Point]]:
+def _load(args: argparse.Namespace, any_budget: bool = False) -> tuple[Sweep, SweepFolder, list[Point]]:
     sweep = read_sweep(args.sweep, None if args.budget is None else tuple(args.budget), args.tree)
     folder = _folder(args, sweep)
-    folder.check(sweep)
+    folder.check(sweep, any_budget)
     return sweep, folder, expand(sweep, folder.points)
 
 
@@ -118,12 +114,18 @@ def prepare_data(points: list[Point]) -> None:
         seen.add(key)
 
 
-def _states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> list[PointState]:
-    """States of all points; empty where the data is not prepared yet, so that nothing can have been run."""
+def _states(folder: SweepFolder, points: list[Point], sweep: Sweep) -> tuple[list[PointState], list[str]]:
+    """States of all points; none, and a warning, where their data or the trunk that they branch from is not there.
+
+    An embedded text that is not prepared yet is no surprise: `run` prepares it.
+    """
     try:
-        return folder.states(points, sweep.retries)
-    except DataError:
-        return []
+        return folder.states(points, sweep.retries), []
+    except (CheckpointError, DataError) as error:
+        texts = [Path(embedded_folder(point.config)) for point in points if point.config.data.corpus]
+        if isinstance(error, DataError) and not all(text.is_dir() for text in texts) and not folder.known():
+            return [], []
+        return [], [f"{error}; until then no point can run, and none is known to be finished"]
 
 
 def _assumes_vocabulary(points: list[Point]) -> bool:
@@ -132,59 +134,16 @@ def _assumes_vocabulary(points: list[Point]) -> bool:
 
 def plan(args: argparse.Namespace) -> int:
     """Print the plan."""
-    sweep, folder, points = _load(args)
-    states = _states(folder, points, sweep)
+    sweep, folder, points = _load(args, any_budget=True)
+    states, warnings = _states(folder, points, sweep)
     speed = speed_of(states, args.device, args.mfu, bool(visible_gpus()))
     values = make_plan(sweep, points, states, speed, _assumes_vocabulary(points))
+    values["warnings"] = warnings + values["warnings"]
     if args.json:
         print(json.dumps(values, indent=2))
     else:
-        print_plan(values)
+        print(plan_text(values))
     return 0
-
-
-def print_plan(values: dict[str, Any]) -> None:
-    """The plan as text."""
-    rows = values["rows"]
-    cells = [
-        (
-            row["point"], str(row["seeds"]), f"{row['parameters']:,}", f"{row['non_embedding']:,}", f"{row['tokens']:.3g}",
-            f"{row['tokens_per_parameter']:.1f}", f"{row['flops']:.2e}", f"{row['lr']:.3g}", str(row["processes"]),
-            f"{row['memory_bytes_per_rank'] / GIB:.2f}", duration(row["seconds"]),
-        )
-        for row in rows
-    ]  # fmt: skip
-    titles = (
-        "point",
-        "seeds",
-        "parameters",
-        "non-emb.",
-        "tokens",
-        "/param",
-        "FLOPs",
-        "lr",
-        "ranks",
-        "GiB/rank",
-        "time",
-    )
-    print(f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished")
-    print(aligned_table(titles, _widths(titles, cells), cells))
-    total = values["total"]
-    unit = "GPU-hours" if values["speed"]["device"] == "cuda" else "process-hours"
-    print(
-        f"\nin all {total['flops']:.3g} FLOPs, {total['tokens']:.3g} tokens, {total['device_hours']:,.2f} {unit}, "
-        f"{total['disk_bytes'] / GIB:.2f} GiB of checkpoints at the end"
-    )
-    print(f"speed: {values['speed']['source']}")
-    print("FLOPs count the head and attention; parameters with embedding and head, and without (non-emb.)")
-    for line in values["comparison"]:
-        print(line)
-    for line in values["warnings"]:
-        print(f"WARNING {line}")
-
-
-def _widths(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(cell[i]) for cell in [titles, *cells]) + (2 if i else 0) for i in range(len(titles))]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -207,6 +166,8 @@ def run(args: argparse.Namespace) -> int:
         points = expand(sweep, folder.points)  # again, now that vocabularies are known
         states = folder.states(points, sweep.retries)
         slurm.mark_queued(folder, states)
+        # What cannot work is refused by its name, before anything runs.
+        make_plan(sweep, points, states, Speed(1.0, "", "cuda" if on_gpus else "cpu"), assumed=False)
         code = code_hash()
         notice_other_code(folder, states, args.strict_code, code, say)
         register(folder, states, code)
@@ -225,7 +186,10 @@ def run(args: argparse.Namespace) -> int:
 def notice_other_code(
     folder: SweepFolder, states: list[PointState], strict_code: bool, code: str, say: Callable[[str], None]
 ) -> None:
-    """Report points that another version of the code finished or began; where asked, set them aside to be run again."""
+    """Report points that another version of the code, or another kind of machine, finished or began; where asked, set those
+    of another version aside to be run again."""
+    for warning in results.machine_warnings(states):
+        say(f"WARNING {warning}")
     others = [
         state
         for state in states
@@ -260,7 +224,7 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     rows = results.rows_of(sweep, states)
     results.write_table(folder, rows)
     summary = results.summary(sweep, states)
-    _, warnings = results.best_values(sweep, states)
+    warnings = best_values(sweep, states)[1] + results.machine_warnings(states)
     if as_json:
         print(json.dumps({"rows": rows, "summary": summary, "warnings": warnings}, indent=2))
         return
@@ -273,12 +237,10 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
         for row in summary
     ]  # fmt: skip
     titles = ("point", "seeds", "lr", "val loss", "std dev.")
-    print("\n" + aligned_table(titles, _widths(titles, cells), cells))
+    print("\n" + fitted_table(titles, cells))
     if any(row["best"] for row in summary):
         print("* best of its tuned axes")
-    from megagamma.scaling.plan import learning_rate_line
-
-    print(learning_rate_line(sweep))
+    print(learning_rate_line(sweep, [state.point for state in states]))
     for warning in warnings:
         print(f"WARNING {warning}")
     print(f"wrote {folder.csv_file} and {folder.parquet_file}: {len(rows)} rows")
@@ -329,7 +291,7 @@ def status(args: argparse.Namespace) -> int:
         for s in states
     ]
     titles = ("point", "status", "step", "loss", "attempts", "problem")
-    for line in aligned_table(titles, _widths(titles, cells), cells).splitlines():
+    for line in fitted_table(titles, cells).splitlines():
         print(line if len(line) <= width else line[: width - 3] + "...")
     return 0
 
@@ -339,8 +301,7 @@ def _one_line(text: str) -> str:
 
 
 def _loss_cell(state: PointState) -> str:
-    name = results.first_set(state.metrics)
-    value = next((line[name] for line in reversed(state.metrics) if line.get(name) is not None), None)
+    value = last_loss(state.metrics)
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -349,14 +310,18 @@ def retry(args: argparse.Namespace) -> int:
     sweep, folder, points = _load(args)
     states = _require_states(folder, points, sweep)
     names = {state.point.name: state for state in states}
+    retryable = ("given up", "failed", "diverged", "behind")
     for name in args.points:
         if name not in names:
             raise ConfigurationError(f"{name}: is not a point of {sweep.file}: see megagamma sweep status")
+        if names[name].status not in retryable:
+            raise ConfigurationError(
+                f"{name}: is {names[name].status}: retry is for points that are {', '.join(retryable)}: leave it out"
+            )
     chosen = [names[name] for name in args.points] or [s for s in states if s.status == "given up"]
     with folder.lock():
         for state in chosen:
-            if state.status in ("given up", "failed", "diverged", "behind"):
-                forgive(state)
+            forgive(state)
     print(f"{len(chosen)} points may run again: megagamma sweep run {sweep.file}")
     return 0
 
@@ -388,7 +353,7 @@ def submit(args: argparse.Namespace) -> int:
     code = code_hash()
 
     def check_points(on_gpus: bool) -> None:
-        states = _states(folder, points, sweep)
+        states, warnings = _states(folder, points, sweep)
         lacks_torch = not args.device and find_spec("torch") is None
         if args.plan and lacks_torch:
             say(
@@ -402,8 +367,8 @@ def submit(args: argparse.Namespace) -> int:
             speed = Speed(1.0, "", "cuda" if on_gpus else "cpu")
         values = make_plan(sweep, points, states, speed, _assumes_vocabulary(points))
         if speed.source:
-            with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-                print_plan(values)
+            values["warnings"] = warnings + values["warnings"]
+            say(plan_text(values))
 
     def prepared_states() -> list[PointState]:
         prepare_data(points)

@@ -49,6 +49,12 @@ def aligned_table(columns: Sequence[str], widths: Sequence[int], rows: Iterable[
     return "\n".join(line(cells) for cells in [columns, *rows])
 
 
+def fitted_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """`aligned_table` with columns as wide as their longest cell, and two spaces between them."""
+    widths = [max(len(cells[i]) for cells in [columns, *rows]) + (2 if i else 0) for i in range(len(columns))]
+    return aligned_table(columns, widths, rows)
+
+
 def format_cell(value: Any) -> str:
     """A measured value: 4 decimals below 100, else thousands; whole numbers with thousands; other values as text."""
     if isinstance(value, float):

@@ -11,73 +11,14 @@ from megagamma.planning.flops import flops_per_token, parameter_counts
 from megagamma.reporting.tables import csv_table
 from megagamma.runs.folder import RunFolder
 from megagamma.scaling.folder import PointState, SweepFolder
-from megagamma.scaling.points import axes_of
-from megagamma.scaling.spec import Sweep
-
-
-def first_set(metrics: list[dict[str, Any]]) -> str:
-    """Key of the loss on the first validation set; that of training where nothing was validated."""
-    keys = [key for line in metrics for key in line if key.startswith("val/") and key.endswith("/loss")]
-    return keys[0] if keys else "loss"
-
-
-def final_loss(state: PointState) -> float | None:
-    """Validation loss at the end of a finished point; None for any other. Unit: nats per token."""
-    if state.status != "done":
-        return None
-    name = first_set(state.metrics)
-    return next((line[name] for line in reversed(state.metrics) if line.get(name) is not None), None)
-
-
-def best_values(sweep: Sweep, states: list[PointState]) -> tuple[dict[str, str], list[str]]:
-    """Of every group of tuned points, the best values by the mean over seeds of the final validation loss.
-
-    A value without a finished point of every seed is none of the candidates; one that diverged never is.
-
-    Returns:
-        Name without seed of the best point by `Point.tuning_group` without its seed; and warnings: values that are best
-        at an edge of their grid, and groups without a result.
-    """
-    tuned = [axis for axis in sweep.axes if axis.is_tuned]
-    groups: dict[str, dict[str, list[PointState]]] = {}
-    for state in states:
-        groups.setdefault(state.point.comparison, {}).setdefault(state.point.group, []).append(state)
-    best, warnings = {}, []
-    for group, candidates in groups.items() if tuned else ():
-        means = {}
-        for name, members in candidates.items():
-            losses = [final_loss(member) for member in members]
-            if all(loss is not None for loss in losses):
-                means[name] = statistics.fmean(losses)  # type: ignore[arg-type]
-        if not means:
-            warnings.append(
-                f"{group}: no value of {', '.join(a.name for a in tuned)} has finished points of every seed"
-            )
-            continue
-        best[group] = min(means, key=lambda name: means[name])
-        member = candidates[best[group]][0].point
-        for axis in tuned:
-            # Of the values that are there for this group: others may be excluded.
-            there = [
-                arm.label
-                for arm in axis.arms
-                if any(s[0].point.labels[axis.name] == arm.label for s in candidates.values())
-            ]
-            edge = len(there) > 1 and member.labels[axis.name] in (there[0], there[-1])
-            if edge or len(there) == 1:
-                side = "lower" if member.labels[axis.name] == there[0] else "upper"
-                why = f"lies at the {side} edge of its grid" if edge else "is the only one"
-                warnings.append(
-                    f"{group}: the best {axis.name}, {member.values[axis.name]}, {why}: the optimum may lie beyond: add values"
-                )
-    return best, warnings
+from megagamma.scaling.grid import Sweep
+from megagamma.scaling.tuning import best_values, final_loss, some, tuned_learning_rates
 
 
 def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
     """The table: points in the order of the sweep, their validations by step; a point without any has one row."""
     best, _ = best_values(sweep, states)
-    axes = axes_of(sweep)
-    has_tuned_lr = any(axis.is_tuned and "optimizer.lr" in axis.sets for axis in sweep.axes)
+    is_tuned = tuned_learning_rates(sweep, [state.point for state in states])
     rows = []
     for state in states:
         point, config = state.point, state.point.sized
@@ -88,7 +29,7 @@ def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             "point": point.name,
             "hash": state.hash[:16],
             "status": state.status,
-            **{axis.name: point.values[axis.name] for axis in axes},
+            **{axis.name: point.values[axis.name] for axis in sweep.grid},
             "seed": point.seed,
             "gamma": config.init.gamma,
             "hidden_size": config.model.hidden_size,
@@ -97,7 +38,7 @@ def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             "non_embedding": counts.non_embedding,
             "flops_per_token": per_token,
             "lr": config.optimizer.lr,
-            "lr_tuned": has_tuned_lr,
+            "lr_tuned": is_tuned[point.comparison],
             "is_best": not point.tuned or best.get(point.comparison) == point.group,
             "steps": point.steps,
             "attempts": state.attempts,
@@ -131,6 +72,33 @@ def _resolved(state: PointState) -> dict[str, Any]:
     except MegagammaError:
         return {"device": None, "dtype": None, "world": state.point.launch.processes}
     return {"device": resolved["device"], "dtype": resolved["dtype"], "world": resolved["parallel"]["world"]}
+
+
+def machine_warnings(states: list[PointState]) -> list[str]:
+    """Warnings about finished points that ran otherwise than each other where the config leaves it open, one line each.
+
+    A point's content is its config and data, so what a laptop finished in fp32 counts as finished for a GPU too.
+    """
+    places: dict[str, dict[str, list[str]]] = {"device": {}, "dtype": {}}
+    warnings = []
+    for state in states:
+        if state.status != "done":
+            continue
+        config, processes, ran = state.point.config, state.point.launch.processes, _resolved(state)
+        for key, given in (("device", config.run.device), ("dtype", config.precision.dtype)):
+            if given == "auto" and ran[key] is not None:
+                places[key].setdefault(ran[key], []).append(state.point.name)
+        if ran["world"] != processes:
+            other = f"world {ran['world']} where launch.processes is {processes}"
+            places.setdefault(other, {}).setdefault("", []).append(state.point.name)
+    for key, option in (("device", "run.device"), ("dtype", "precision.dtype")):
+        values = places.pop(key)
+        if len(values) > 1:
+            text = "; ".join(f"{value}: {some(names, 3)}" for value, names in sorted(values.items()))
+            warnings.append(
+                f"finished points differ in {key} ({text}): their losses may differ by it: set {option}, and run them again"
+            )
+    return warnings + [f"finished points ran with {other}: {some(names[''], 3)}" for other, names in places.items()]
 
 
 def write_table(folder: SweepFolder, rows: list[dict[str, Any]]) -> None:

@@ -26,8 +26,8 @@ from megagamma.launching.attempts import AttemptLog
 from megagamma.owned import require_place
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import RunLock, read_lock
-from megagamma.scaling.points import Point, axes_of, content_hash, data_identity, data_places
-from megagamma.scaling.spec import Sweep
+from megagamma.scaling.grid import BUDGET, Sweep
+from megagamma.scaling.points import Point, content_hash, data_identity, data_places
 
 # How an attempt ended, by the run's exit code (`megagamma.cli`).
 KINDS = {0: "done", 2: "refused", 3: "diverged", 75: "stopped"}
@@ -94,8 +94,11 @@ class SweepFolder:
         """The lock that whoever starts points holds."""
         return RunLock(self.path, what="sweep")
 
-    def check(self, sweep: Sweep) -> None:
+    def check(self, sweep: Sweep, any_budget: bool = False) -> None:
         """Check that the folder is new, or of this sweep.
+
+        Args:
+            any_budget: take a folder of the same sweep with or without budgets, for what only reads it.
 
         Raises:
             ConfigurationError: it is of another sweep.
@@ -109,7 +112,9 @@ class SweepFolder:
                 )
             return
         found = read_json(self.identity_file)
-        axes = sorted(axis.name for axis in axes_of(sweep))
+        axes = sorted(axis.name for axis in sweep.grid)
+        if any_budget and {*axes, BUDGET} == {*(found.get("axes") or ()), BUDGET}:
+            axes = found["axes"]
         for key, ours in (("name", sweep.name), ("axes", axes)):
             if found.get(key) != ours:
                 raise ConfigurationError(
@@ -122,7 +127,7 @@ class SweepFolder:
         self.check(sweep)
         self.points.mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(exist_ok=True)
-        write_json(self.identity_file, {"name": sweep.name, "axes": sorted(axis.name for axis in axes_of(sweep))})
+        write_json(self.identity_file, {"name": sweep.name, "axes": sorted(axis.name for axis in sweep.grid)})
         copy_file(sweep.file, self.sweep_file)
 
     def known(self) -> dict[str, Path]:
@@ -146,6 +151,9 @@ class SweepFolder:
             if key not in identities:
                 identities[key] = data_identity(point.config)
             digest = content_hash(point.config, identities[key])
+            earlier = content_hash(point.config, identities[key], as_given=True)
+            if digest not in known and earlier in known:
+                digest = earlier
             folder = known.get(digest) or self.points / f"{point.name}-{digest[:8]}"
             states.append(read_state(point, digest, folder, retries))
         return states

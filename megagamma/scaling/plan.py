@@ -12,17 +12,22 @@ from megagamma.planning.flops import (
     known_peak_flops,
     measure_matmul_peak,
     parameter_counts,
-    tokens_for_budget,
 )
 from megagamma.planning.memory import check_fits
 from megagamma.planning.memory import plan as plan_memory
+from megagamma.reporting.log import duration
+from megagamma.reporting.tables import fitted_table
+from megagamma.scaling.collect import machine_warnings
 from megagamma.scaling.folder import PointState
-from megagamma.scaling.points import Point, axes_of, differing_options
+from megagamma.scaling.grid import BUDGET, Sweep
+from megagamma.scaling.options import schema_option
+from megagamma.scaling.points import Point, differing_options
 from megagamma.scaling.rules import describe
-from megagamma.scaling.spec import Sweep
+from megagamma.scaling.tuning import learning_rate_line
 
 # fp32 weights and two moments.
 _BYTES_PER_WEIGHT = 12
+_GIB = 2**30
 _OPTIMAL_TOKENS = 20.0
 CPU_UTILIZATION = 0.5  # assumed where nothing was measured
 GPU_UTILIZATION = 0.4
@@ -33,7 +38,7 @@ class Speed:
     """How fast a process of the sweep computes."""
 
     flops_per_second: float
-    """Model FLOPs of one process per second."""
+    """Model FLOPs per second: of one process on a GPU; of all processes of a node on a CPU, whose cores they share."""
     source: str
     """Where the number comes from, in words."""
     device: str
@@ -61,8 +66,9 @@ def speed_of(states: list[PointState], device: str, mfu: float | None, is_gpu_he
         share = mfu or GPU_UTILIZATION
         kind = "stated" if mfu else "assumed"
         return Speed(peak * share, f"{share:.0%} MFU ({kind}) of {device}'s {peak / 1e12:,.0f} TFLOP/s in bf16", "cuda")
+    here = "cuda" if is_gpu_here and device != "cpu" else "cpu"
     measured = [
-        line["tflops"] * 1e12 / state.point.launch.processes
+        line["tflops"] * 1e12 / _computers(state.point, here)
         for state in states
         for line in state.metrics[len(state.metrics) // 2 :]
         if state.status == "done" and line.get("tflops")
@@ -88,6 +94,11 @@ def speed_of(states: list[PointState], device: str, mfu: float | None, is_gpu_he
     )
 
 
+def _computers(point: Point, device: str) -> int:
+    """How many times the speed a point has: once per process, or once per node on CPUs."""
+    return point.launch.processes if device == "cuda" else point.launch.nodes
+
+
 def point_costs(point: Point, speed: Speed) -> dict[str, Any]:
     """What a point costs, as plain values, units in the names.
 
@@ -108,7 +119,7 @@ def point_costs(point: Point, speed: Speed) -> dict[str, Any]:
     saved = point.steps // rules.interval if rules.interval else 0
     rolling = saved + bool(rules.at_end and not (rules.interval and point.steps % rules.interval == 0))
     kept += min(rolling, rules.keep_last) if rules.keep_last else rolling
-    seconds = point.flops / (speed.flops_per_second * point.launch.processes)
+    seconds = point.flops / (speed.flops_per_second * _computers(point, speed.device))
     return {
         "parameters": counts.total,
         "non_embedding": counts.non_embedding,
@@ -132,10 +143,9 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
     Returns:
         Lines for the plan, and warnings.
     """
-    arms = [axis for axis in axes_of(sweep) if axis.name in sweep.arms]
-    named = {option for axis in arms for option in axis.sets}
-    # `init.query: 0.5` is an entry of init.exponents.
-    named |= {"init.exponents" for option in named if option.startswith("init.")}
+    arms = [axis for axis in sweep.grid if axis.name in sweep.arms]
+    named = {schema_option(option) for axis in arms for option in axis.sets}
+    named |= {f"launch.{key}" for axis in arms for arm in axis.arms for key in arm.launch}
     differ: dict[str, set[str]] = {}
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
@@ -143,7 +153,7 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
         groups.setdefault((*context, point.seed), []).append(point)
     for members in groups.values():
         for other in members[1:]:
-            for option in differing_options(members[0].config, other.config):
+            for option in differing_options(members[0], other):
                 differ.setdefault(option, set()).update(m.name for m in (members[0], other))
     lines, warnings = [], []
     if arms and len(points) > len(groups):
@@ -157,19 +167,9 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
                 f"{option} differs between arms too (a rule or a derived default gives {' and '.join(example)} other values): "
                 "the comparison is not of the arms alone"
             )
-    lines.append(learning_rate_line(sweep))
+    lines.append(learning_rate_line(sweep, points))
     lines += [describe(option, rule) for option, rule in sweep.rules.items()]
     return lines, warnings
-
-
-def learning_rate_line(sweep: Sweep) -> str:
-    """Whether the learning rate is tuned."""
-    for axis in sweep.axes:
-        if axis.is_tuned and "optimizer.lr" in axis.sets:
-            values = ", ".join(str(arm.value) for arm in axis.arms)
-            kind = "factors of its rule" if axis.arms[0].factor else "values"
-            return f"learning rate: tuned per arm and size over the {kind} {values}"
-    return "learning rate: untuned: one value per arm and size; a difference between arms may be one of learning rates"
 
 
 def budget_warnings(sweep: Sweep, points: list[Point]) -> list[str]:
@@ -182,7 +182,7 @@ def budget_warnings(sweep: Sweep, points: list[Point]) -> list[str]:
     for budget in sweep.budgets:
         ratios = {}
         for point in points:
-            if point.values.get("budget") == budget:
+            if point.values.get(BUDGET) == budget:
                 count = parameter_counts(point.sized.model).total
                 ratios[count] = point.tokens / count
         smaller = sum(ratio > _OPTIMAL_TOKENS for ratio in ratios.values())
@@ -216,7 +216,7 @@ def make_plan(
                                  "by_rule": point.by_rule, "seeds": 0, "launch": asdict(point.launch), **costs}  # fmt: skip
         rows[point.group]["seeds"] += 1
     lines, warnings = comparison_lines(sweep, points)
-    warnings += budget_warnings(sweep, points)
+    warnings += budget_warnings(sweep, points) + machine_warnings(states)
     if assumed:
         warnings.append(
             "the data is not there to be read: a vocabulary of 32,000 is assumed: prepare it, or set model.vocab_size"
@@ -237,5 +237,32 @@ def make_plan(
         "total": {**total, "seconds": sum(row["seconds"] * row["seeds"] for row in rows.values())},
         "comparison": lines,
         "warnings": warnings,
-        "budget_tokens_at_20": {row["point"]: tokens_for_budget(row["parameters"]) for row in rows.values()},
     }
+
+
+def plan_text(values: dict[str, Any]) -> str:
+    """The plan that `make_plan` gave, as text."""
+    cells = [
+        (
+            row["point"], str(row["seeds"]), f"{row['parameters']:,}", f"{row['non_embedding']:,}", f"{row['tokens']:.3g}",
+            f"{row['tokens_per_parameter']:.1f}", f"{row['flops']:.2e}", f"{row['lr']:.3g}", str(row["processes"]),
+            f"{row['memory_bytes_per_rank'] / _GIB:.2f}", duration(row["seconds"]),
+        )
+        for row in values["rows"]
+    ]  # fmt: skip
+    titles = (
+        "point", "seeds", "parameters", "non-emb.", "tokens", "/param", "FLOPs", "lr", "ranks", "GiB/rank", "time",
+    )  # fmt: skip
+    total = values["total"]
+    unit = "GPU-hours" if values["speed"]["device"] == "cuda" else "process-hours"
+    lines = [
+        f"sweep {values['sweep']}: {values['points']} points, {values['finished']} finished",
+        fitted_table(titles, cells),
+        f"\nin all {total['flops']:.3g} FLOPs, {total['tokens']:.3g} tokens, {total['device_hours']:,.2f} {unit}, "
+        f"{total['disk_bytes'] / _GIB:.2f} GiB of checkpoints at the end",
+        f"speed: {values['speed']['source']}",
+        "FLOPs count the head and attention; parameters with embedding and head, and without (non-emb.)",
+        *values["comparison"],
+        *(f"WARNING {line}" for line in values["warnings"]),
+    ]
+    return "\n".join(lines)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import itertools
 import json
 import os
+import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megagamma.config.io import as_dict, build_parser, from_dict, parse_namespace, to_config
 from megagamma.config.resolve import resolve, validate
-from megagamma.config.schema import ROLES, Config
+from megagamma.config.rules import divisors
+from megagamma.config.schema import Config
 from megagamma.data.preparation.manifest import read_manifest
-from megagamma.data.preparation.prepare import embedded_settings
-from megagamma.data.schedule import total_steps
-from megagamma.errors import ConfigurationError, DataError, MegagammaError
+from megagamma.data.preparation.prepare import PrepareSettings, embedded_settings
+from megagamma.data.schedule import samples_before, total_steps
+from megagamma.errors import CheckpointError, ConfigurationError, DataError, MegagammaError
 from megagamma.files import read_json
 from megagamma.owned import file_digest
 from megagamma.planning.flops import flops_per_token, parameter_counts
 from megagamma.runs.folder import checkpoint_folders
-from megagamma.scaling.rules import ORDER, Size, apply_rule, arguments_for
-from megagamma.scaling.spec import Arm, Axis, Launch, Sweep, label_of
+from megagamma.scaling.grid import BUDGET, Arm, Launch, Sweep
+from megagamma.scaling.options import option_types, set_option
+from megagamma.scaling.rules import Size, apply_rule, arguments_for, in_order
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the config nor prepared data says one: only for a plan."""
@@ -82,17 +86,18 @@ class Point:
         config.model.vocab_size = self.vocabulary
         return config
 
-    @property
+    # The trunk's files and the model's shapes are read once: progress lines ask for these numbers again and again.
+    @functools.cached_property
     def steps(self) -> int:
         """Length of the run. Unit: steps."""
         return total_steps(self.config)
 
-    @property
+    @functools.cached_property
     def tokens(self) -> int:
         """Length of the run. Unit: tokens."""
-        return self.steps * self.config.data.global_batch_size * self.config.data.sequence_length
+        return samples_before(self.config.data, self.steps) * self.config.data.sequence_length
 
-    @property
+    @functools.cached_property
     def first_step(self) -> int:
         """Step that it starts at: 0, or that of the checkpoint it branches from, if that is there."""
         try:
@@ -101,11 +106,16 @@ class Point:
         except (MegagammaError, KeyError):
             return 0
 
-    @property
+    @functools.cached_property
     def flops(self) -> float:
         """Of its own steps, head and attention included. Unit: FLOPs."""
-        share = 1 - min(self.first_step, self.steps) / self.steps
-        return flops_per_token(self.sized.model, self.config.data.sequence_length) * self.tokens * share
+        data = self.config.data
+        before = samples_before(data, min(self.first_step, self.steps)) * data.sequence_length
+        return flops_per_token(self.sized.model, data.sequence_length) * (self.tokens - before)
+
+
+def _embedded(config: Config) -> PrepareSettings:
+    return embedded_settings(config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size)
 
 
 def vocabulary_of(config: Config) -> int | None:
@@ -115,7 +125,7 @@ def vocabulary_of(config: Config) -> int | None:
     data = config.data
     folders = list(data.paths)
     if data.corpus:
-        settings = embedded_settings(data.corpus, data.cache, vocab_size=config.tokenizer.vocab_size)
+        settings = _embedded(config)
         folders = [str(settings.output)]
         if not Path(folders[0], "manifest.json").is_file():
             return settings.vocabulary
@@ -127,8 +137,7 @@ def vocabulary_of(config: Config) -> int | None:
 
 def embedded_folder(config: Config) -> str:
     """Folder in which the embedded text of a config is prepared."""
-    settings = embedded_settings(config.data.corpus, config.data.cache, vocab_size=config.tokenizer.vocab_size)
-    return str(settings.output)
+    return str(_embedded(config).output)
 
 
 def data_places(config: Config) -> str:
@@ -143,6 +152,7 @@ def data_identity(config: Config) -> list[Any]:
 
     Raises:
         DataError: it is not prepared.
+        CheckpointError: the checkpoint that run.branch_from names is not there.
     """
     folders = [embedded_folder(config)] if config.data.corpus else list(config.data.paths)
     entries = [["train", *folders], *([name, path] for name, path in sorted(config.validation.paths.items()))]
@@ -152,43 +162,48 @@ def data_identity(config: Config) -> list[Any]:
         files = [{key: entry["sha256"] for key, entry in sorted(m["files"].items())} for m in manifests]
         identity.append([name, files, [m["tokenizer"]["fingerprint"] for m in manifests]])
     if config.run.branch_from:
-        trunk = checkpoint_folders(Path(config.run.branch_from))[-1]
+        try:
+            trunk = checkpoint_folders(Path(config.run.branch_from))[-1]
+        except CheckpointError as error:
+            raise CheckpointError(f"run.branch_from={config.run.branch_from}: {error}") from error
         identity.append(["branch", file_digest(trunk / "checkpoint.json", "sha256")])
     return identity
 
 
-def content_hash(config: Config, data: list[Any]) -> str:
+def content_hash(config: Config, data: list[Any], as_given: bool = False) -> str:
     """What a point is: every option that its numbers depend on, and the content of its data. Hexadecimal.
 
-    Names, folders, threads and what is printed do not count. Threads can move a number by rounding.
+    Names, folders, threads and what is printed do not count. Threads can move a number by rounding. Nor does the machine
+    count: see `megagamma.scaling.collect.machine_warnings`.
+
+    Args:
+        as_given: tell 1 from 1.0 where an option takes both, as earlier versions did.
     """
     values = as_dict(config)
     for section, keys in _IRRELEVANT.items():
         for key in keys:
             values[section].pop(key, None)
+    if not as_given:
+        for section, options in values.items():
+            if isinstance(options, dict):
+                values[section] = {
+                    key: _as_type(option_types()[f"{section}.{key}"], value) for key, value in options.items()
+                }
     if config.deepspeed_config != "auto":
         values["deepspeed_config"] = read_json(config.deepspeed_config)
     text = json.dumps([1, values, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _set_option(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set an option in a config's plain values; `init.ROLE` and keys of a mapping are single entries of it."""
-    if name == "deepspeed_config":
-        values[name] = value
-        return
-    section, _, key = name.partition(".")
-    if section == "init" and key in ROLES:
-        key = f"exponents.{key}"
-    key, _, entry = key.partition(".")
-    if entry:
-        values[section][key] = {**values[section][key], entry: value}
-    else:
-        values[section][key] = value
-    if name == "run.tokens":
-        values["run"]["steps"] = None
-    elif name == "run.steps":
-        values["run"]["tokens"] = None
+def _as_type(kind: Any, value: Any) -> Any:
+    """A value that fits a type of the schema, with whole numbers as floats where it takes floats."""
+    if type(value) is int:
+        return float(value) if kind is float or float in typing.get_args(kind) else value
+    if isinstance(value, list | tuple):
+        return [_as_type(kind, item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_type(kind, item) for key, item in value.items()}
+    return value
 
 
 def _base_values(sweep: Sweep) -> dict[str, Any]:
@@ -196,7 +211,7 @@ def _base_values(sweep: Sweep) -> dict[str, Any]:
     arguments = [word for path in sweep.configs for word in ("--config", str(path))]
     values = as_dict(to_config(parse_namespace(build_parser(), arguments)))
     for name, value in sweep.options.items():
-        _set_option(values, name, value)
+        set_option(values, name, value)
     values["logging"]["wandb_group"] = sweep.name
     return values
 
@@ -215,19 +230,12 @@ def _measures(config: Config, vocabulary: int) -> dict[str, float]:
 
 
 def _measure_length(measures: dict[str, float], config: Config) -> None:
-    measures["batch_tokens"] = config.data.global_batch_size * config.data.sequence_length
-    measures["tokens"] = total_steps(config) * measures["batch_tokens"]
-
-
-def _budget_axis(sweep: Sweep) -> list[Axis]:
-    if not sweep.budgets:
-        return []
-    return [Axis("budget", tuple(Arm(f"{budget:g}".replace("+", ""), budget, {}) for budget in sweep.budgets))]
-
-
-def axes_of(sweep: Sweep) -> list[Axis]:
-    """The axes of the grid, that of the budgets included."""
-    return [*sweep.axes, *_budget_axis(sweep)]
+    data, ramp = config.data, config.data.batch_ramp
+    if ramp is not None and not (len(ramp) == 3 and ramp[1] > 0 and 0 < ramp[0] <= data.global_batch_size):
+        # Of a batch that a rule has not set yet, or an error that `validate` names.
+        config = replace(config, data=replace(data, batch_ramp=None))
+    measures["batch_tokens"] = data.global_batch_size * data.sequence_length
+    measures["tokens"] = samples_before(config.data, total_steps(config)) * data.sequence_length
 
 
 def expand(sweep: Sweep, folder: Path) -> list[Point]:
@@ -241,11 +249,17 @@ def expand(sweep: Sweep, folder: Path) -> list[Point]:
     """
     base = _base_values(sweep)
     points = []
-    for arms in itertools.product(*(axis.arms for axis in axes_of(sweep))):
-        labels = {axis.name: arm.label for axis, arm in zip(axes_of(sweep), arms, strict=True)}
+    labels_of: dict[str, dict[str, str]] = {}
+    for combination in itertools.product(*(axis.arms for axis in sweep.grid)):
+        arms = {axis.name: arm for axis, arm in zip(sweep.grid, combination, strict=True)}
+        labels = {axis: arm.label for axis, arm in arms.items()}
         if any(all(labels[name] == label for name, label in entry.items()) for entry in sweep.exclude):
             continue
         name = "-".join(labels.values()) or "point"
+        if name in labels_of:
+            first, second = (" x ".join(f"{k}={v}" for k, v in one.items()) for one in (labels_of[name], labels))
+            raise ConfigurationError(f"{sweep.file}: points {first} and {second} are both named {name}: rename a label")
+        labels_of[name] = labels
         try:
             point = _point(sweep, base, name, labels, arms)
         except ConfigurationError as error:
@@ -262,39 +276,46 @@ def expand(sweep: Sweep, folder: Path) -> list[Point]:
     return points
 
 
-def _point(sweep: Sweep, base: dict[str, Any], name: str, labels: dict[str, str], arms: tuple[Arm, ...]) -> Point:
+def _point(sweep: Sweep, base: dict[str, Any], name: str, labels: dict[str, str], arms: dict[str, Arm]) -> Point:
     values = copy.deepcopy(base)
     launch: dict[str, Any] = dict(vars(sweep.launch))
-    axis_values: dict[str, Any] = {}
-    budget = None
-    for axis, arm in zip(axes_of(sweep), arms, strict=True):
+    axis_values = {axis: arm.value for axis, arm in arms.items()}
+    for arm in arms.values():
         for option, value in arm.options.items():
-            _set_option(values, option, value)
+            set_option(values, option, value)
         launch |= arm.launch
-        axis_values[axis.name] = arm.value
-        budget = arm.value if axis.name == "budget" else budget
+    if launch["processes"] % launch["nodes"]:
+        raise ConfigurationError(
+            f"launch.nodes={launch['nodes']} must divide launch.processes={launch['processes']}: "
+            f"{divisors(launch['processes'])}"
+        )
     values["run"]["name"] = name
     shape = resolve(from_dict(copy.deepcopy(values)))
-    known = vocabulary_of(shape)
-    vocabulary = known or ASSUMED_VOCABULARY
+    vocabulary = vocabulary_of(shape) or ASSUMED_VOCABULARY
     measures = _measures(shape, vocabulary)
     _measure_length(measures, shape)
-    rules = dict(sweep.rules)
-    if budget is not None:
-        rules["run.tokens"] = {"rule": "per_flops", "flops": budget}
+    rules = {option: arguments_for(rule, arms) for option, rule in sweep.rules.items()}
+    if BUDGET in arms:
+        rules["run.tokens"] = {"rule": "per_flops", "flops": arms[BUDGET].value}
     by_rule: dict[str, Any] = {}
-    for option in sorted(rules, key=lambda one: (ORDER.index(one) if one in ORDER else len(ORDER), one)):
+    for option in in_order(rules, values["run"]["tokens"] is not None):
         where = f"rules.{option}: "
-        arguments = arguments_for(rules[option], labels, axis_values)
         size = Size(measures, labels)
-        result: Any = apply_rule(option, arguments, size, where)
-        for axis, arm in zip(axes_of(sweep), arms, strict=True):
-            if arm.factor is not None and axis.option == option:
-                result = apply_rule(option, {"rule": "constant", "value": result * arm.factor}, size, where)
+        if option == "data.global_batch_size" and values["run"]["tokens"] is not None:
+            # Of the tokens as they are asked for: whole steps of them follow from the batch.
+            size = Size({**measures, "tokens": values["run"]["tokens"]}, labels)
+        result: Any = apply_rule(option, rules[option], size, where)
+        for axis in sweep.axes:
+            factor = arms[axis.name].factor
+            if factor is not None and axis.option == option:
+                result = apply_rule(option, {"rule": "constant", "value": result * factor}, size, where)
                 axis_values[axis.name] = result
         by_rule[option] = result
-        _set_option(values, option, result)
-        _measure_length(measures, resolve(from_dict(copy.deepcopy(values))))
+        set_option(values, option, result)
+        shape = resolve(from_dict(copy.deepcopy(values)))
+        if option.startswith("model.") or option == "data.sequence_length":
+            measures = _measures(shape, vocabulary)
+        _measure_length(measures, shape)
     config = resolve(from_dict(values))
     validate(config, launch["processes"])
     tuned = tuple(axis.name for axis in sweep.axes if axis.is_tuned)
@@ -315,9 +336,9 @@ def _check_distinct(sweep: Sweep, points: list[Point]) -> None:
         seen[key] = point.name
 
 
-def differing_options(a: Config, b: Config) -> list[str]:
-    """Options in which two points differ, but for those that change no numbers."""
-    first, second = as_dict(a), as_dict(b)
+def differing_options(a: Point, b: Point) -> list[str]:
+    """Options in which two points differ, how they are started included, but for those that change no numbers."""
+    first, second = as_dict(a.config), as_dict(b.config)
     found = []
     for section, values in first.items():
         if not isinstance(values, dict):
@@ -325,9 +346,5 @@ def differing_options(a: Config, b: Config) -> list[str]:
             continue
         skipped = {"run": ("name", "folder", "seed")}.get(section, ())
         found += [f"{section}.{key}" for key in values if key not in skipped and values[key] != second[section][key]]
-    return found
-
-
-def short(value: Any) -> str:
-    """A value for a table."""
-    return label_of(value) if isinstance(value, float | bool) else str(value)
+    keys = ("processes", "nodes")
+    return found + [f"launch.{key}" for key in keys if getattr(a.launch, key) != getattr(b.launch, key)]

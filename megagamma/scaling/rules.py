@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megagamma.errors import ConfigurationError
+from megagamma.scaling.grid import Arm, Axis
+from megagamma.scaling.options import is_number, is_whole
 
 MEASURES = ("hidden_size", "num_layers", "parameters", "non_embedding", "flops_per_token", "tokens", "batch_tokens")
 
@@ -83,10 +85,10 @@ RULES: dict[str, Callable[..., float]] = {
 }
 """Every rule by its name; its docstring is its formula."""
 
+_EXAMPLE = "such as {init.gamma: {0.5: {value: 0.008}}}"
 _COMMON = ("rule", "multiple_of", "minimum", "maximum", "arms")
 # First what the others may be functions of.
-ORDER = ("data.global_batch_size", "run.tokens", "run.steps")
-_WHOLE = ("data.global_batch_size", "run.steps", "schedule.warmup_steps", "data.micro_batch_size")
+_BATCH, _TOKENS, _STEPS = _ORDER = ("data.global_batch_size", "run.tokens", "run.steps")
 
 
 def _arguments(function: Callable[..., float]) -> tuple[list[str], list[str]]:
@@ -103,7 +105,7 @@ def check_rule(rule: Any, where: str) -> None:
     if not isinstance(rule, dict) or "rule" not in rule:
         raise ConfigurationError(f"{where}{str(rule)[:100]} must have a rule: use {', '.join(RULES)}")
     name = rule["rule"]
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         near = difflib.get_close_matches(str(name), RULES, n=1)
         raise ConfigurationError(f"{where}rule={str(name)[:60]}: use {near[0] if near else ', '.join(RULES)}")
     allowed, required = _arguments(RULES[name])
@@ -116,38 +118,96 @@ def check_rule(rule: Any, where: str) -> None:
         if key not in rule:
             raise ConfigurationError(f"{where}{name} needs {', '.join(required)}; {key} is missing")
     for key in (*allowed, "multiple_of", "minimum", "maximum"):
-        if key in rule and key not in ("of", "values") and not _is_number(rule[key]):
+        if key in rule and key not in ("of", "values") and not is_number(rule[key]):
             raise ConfigurationError(f"{where}{key}={str(rule[key])[:60]} must be a number")
     if "at" in rule and not rule["at"] > 0:
         raise ConfigurationError(f"{where}at={rule['at']} must be more than 0")
+    if name == "table" and not isinstance(rule["of"], str):
+        raise ConfigurationError(f"{where}of={str(rule['of'])[:60]} must be the name of an axis")
     if "of" in rule and name != "table" and rule["of"] not in MEASURES:
         raise ConfigurationError(f"{where}of={str(rule['of'])[:60]}: use one of {', '.join(MEASURES)}")
-    if "values" in rule and (not isinstance(rule["values"], dict) or not all(map(_is_number, rule["values"].values()))):
+    if "values" in rule and (not isinstance(rule["values"], dict) or not all(map(is_number, rule["values"].values()))):
         raise ConfigurationError(f"{where}values={str(rule['values'])[:100]} must map labels to numbers")
-    for axis, changes in (rule.get("arms") or {}).items():
-        for label, change in changes.items() if isinstance(changes, dict) else [("", None)]:
-            if not isinstance(change, dict) or set(change) - {*allowed, *_COMMON[1:4]}:
+    if "multiple_of" in rule and not rule["multiple_of"] > 0:
+        raise ConfigurationError(f"{where}multiple_of={rule['multiple_of']} must be more than 0")
+
+
+def check_arms(rule: dict[str, Any], grid: Sequence[Axis], where: str) -> None:
+    """Check what a rule gives single arms: that these exist, and that the rule is one with their arguments too.
+
+    Args:
+        rule: of a form that `check_rule` takes.
+        grid: the sweep's axes.
+
+    Raises:
+        ConfigurationError: naming the axis or the arm.
+    """
+    arms = rule.get("arms")
+    if arms is None:
+        return
+    if not isinstance(arms, dict):
+        raise ConfigurationError(f"{where}arms={str(arms)[:100]} must map axes to their arms: {_EXAMPLE}")
+    for name, changes in arms.items():
+        axis = next((axis for axis in grid if axis.name == name), None)
+        if axis is None:
+            raise ConfigurationError(f"{where}arms: {name} is not an axis: use {', '.join(axis.name for axis in grid)}")
+        if not isinstance(changes, dict):
+            raise ConfigurationError(f"{where}arms.{name}={str(changes)[:100]} must map arms to arguments: {_EXAMPLE}")
+        for key, change in changes.items():
+            if not any(arm.has_key(key) for arm in axis.arms):
                 raise ConfigurationError(
-                    f"{where}arms.{axis}.{label}: must have arguments of {name}: {', '.join(allowed)}"
+                    f"{where}arms.{name}: {key} is no value of that axis: use {[arm.value for arm in axis.arms]}"
                 )
+            if not isinstance(change, dict) or {"rule", "arms"} & set(change):
+                raise ConfigurationError(
+                    f"{where}arms.{name}.{key}={str(change)[:100]} must have arguments of {rule['rule']}: {_EXAMPLE}"
+                )
+            check_rule(rule | change, f"{where}arms.{name}.{key}: ")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def arguments_for(rule: dict[str, Any], labels: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
+def arguments_for(rule: dict[str, Any], arms: dict[str, Arm]) -> dict[str, Any]:
     """A rule's arguments for a point, those of its arms included.
 
     Args:
-        labels, values: of the point on each axis.
+        arms: of the point, by axis.
     """
     result = {key: value for key, value in rule.items() if key != "arms"}
     for axis, changes in (rule.get("arms") or {}).items():
         for key, change in changes.items():
-            if axis in labels and (key == values[axis] or str(key) == labels[axis]):
+            if arms[axis].has_key(key):
                 result |= change
     return result
+
+
+def in_order(rules: dict[str, dict[str, Any]], has_tokens: bool) -> list[str]:
+    """The options that rules set, in the order in which these are applied: first what others may be functions of.
+
+    The model's shape comes first, then the batch size, then the length. A batch size that is a function of the run's tokens
+    comes after these.
+
+    Args:
+        rules: by option, from `arguments_for`.
+        has_tokens: whether the length is given in tokens where no rule sets it.
+
+    Raises:
+        ConfigurationError: the batch size is a function of the tokens, and these are one of the batch size.
+    """
+    order = [_BATCH, _TOKENS, _STEPS]
+    if rules.get(_BATCH, {}).get("of") == "tokens" and rules[_BATCH]["rule"] != "table":
+        tokens = rules.get(_TOKENS)
+        if tokens is not None and tokens.get("of") in ("tokens", "batch_tokens") and tokens["rule"] != "table":
+            raise ConfigurationError(
+                f"rules.{_BATCH} is a function of tokens, and rules.{_TOKENS} one of {tokens['of']}: a circle: change one"
+            )
+        if _STEPS in rules or (tokens is None and not has_tokens):
+            raise ConfigurationError(
+                f"rules.{_BATCH} is a function of tokens, and with {_STEPS} the tokens follow from the batch: a circle: "
+                f"set {_TOKENS} in place of {_STEPS}"
+            )
+        order = [_TOKENS, _BATCH]
+    shape = [option for option in sorted(rules) if option.startswith("model.") or option == "data.sequence_length"]
+    first = [*shape, *(option for option in order if option in rules)]
+    return [*first, *(option for option in sorted(rules) if option not in first)]
 
 
 def apply_rule(option: str, rule: dict[str, Any], size: Size, where: str) -> float | int:
@@ -162,17 +222,18 @@ def apply_rule(option: str, rule: dict[str, Any], size: Size, where: str) -> flo
     arguments = {key: value for key, value in rule.items() if key not in _COMMON}
     try:
         value = RULES[rule["rule"]](size, where, **arguments)
-    except (OverflowError, ZeroDivisionError) as error:
+        if "minimum" in rule:
+            value = max(value, rule["minimum"])
+        if "maximum" in rule:
+            value = min(value, rule["maximum"])
+        multiple = rule.get("multiple_of", 1 if is_whole(option) else None)
+        if multiple:
+            # Nothing that is asked for is rounded away.
+            value = round(value / multiple) * multiple or (multiple if value else 0)
+    except (OverflowError, ValueError, ZeroDivisionError) as error:
         raise ConfigurationError(f"{where}gives no number ({error}): change its arguments") from error
-    if "minimum" in rule:
-        value = max(value, rule["minimum"])
-    if "maximum" in rule:
-        value = min(value, rule["maximum"])
-    multiple = rule.get("multiple_of", 1 if option in _WHOLE else None)
-    if multiple:
-        value = max(multiple, round(value / multiple) * multiple)
     # 12 digits: the same number on every machine, whatever its pow() rounds.
-    return int(value) if option in _WHOLE else float(f"{value:.12g}")
+    return int(value) if is_whole(option) else float(f"{value:.12g}")
 
 
 def describe(option: str, rule: dict[str, Any]) -> str:

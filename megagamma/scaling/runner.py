@@ -27,9 +27,9 @@ from megagamma.forked import launch
 from megagamma.launching.attempts import blames_a_peer
 from megagamma.reporting.log import duration
 from megagamma.runs.folder import RunFolder
-from megagamma.scaling.collect import first_set
 from megagamma.scaling.folder import KINDS, PointState, SweepFolder, is_running, note_end, note_start, read_state
-from megagamma.scaling.spec import StopLost
+from megagamma.scaling.grid import StopLost
+from megagamma.scaling.tuning import is_lost, last_loss
 
 _POLL_SECONDS = 0.2
 _LOCK_SECONDS = 150.0  # a lock is void after 120
@@ -241,8 +241,7 @@ class Runner:
     def _describe(self, state: PointState, kind: str, seconds: float) -> str:
         where = f"at step {state.step} of {state.point.steps}"
         if kind == "done":
-            name = first_set(state.metrics)
-            loss = next((line[name] for line in reversed(state.metrics) if line.get(name) is not None), None)
+            loss = last_loss(state.metrics)
             result = f"validation loss {loss:.4f}, " if loss is not None else ""
             return f"done, {result}{duration(seconds)} ({max(0.0, seconds - state.training_seconds):.1f} s outside of steps)"
         if kind == "diverged":
@@ -325,24 +324,3 @@ def _flops_done(state: PointState) -> float:
     if state.is_final:
         return state.point.flops
     return state.point.flops * min(1.0, state.step / state.point.steps)
-
-
-def is_lost(state: PointState, states: list[PointState], rule: StopLost) -> bool:
-    """Whether a point of a tuned axis is behind the best of its group by the rule's margin, at its own last validation.
-
-    The group: points that differ from it in tuned axes only. The best one's loss is taken at the same step, so that a point
-    that has come further has no advantage.
-    """
-    name = first_set(state.metrics)
-    measured = [line for line in state.metrics if line.get(name) is not None]
-    if not measured or state.step < rule.after * state.point.steps:
-        return False
-    here = measured[-1]
-    others = [
-        line[name]
-        for other in states
-        if other is not state and other.point.tuning_group == state.point.tuning_group
-        for line in other.metrics
-        if line["step"] == here["step"] and line.get(name) is not None
-    ]
-    return bool(others) and bool(here[name] > min(others) + rule.margin)

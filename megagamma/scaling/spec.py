@@ -23,149 +23,33 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megagamma.config.io import known_keys, read_sections
-from megagamma.config.schema import ROLES
+from megagamma.config.io import read_sections
 from megagamma.config.yaml_reader import read_yaml
 from megagamma.errors import ConfigurationError
 from megagamma.reading import Unreadable
-from megagamma.scaling.rules import check_rule
+from megagamma.scaling.grid import (
+    BUDGET,
+    COLUMNS,
+    LENGTH_OPTIONS,
+    Arm,
+    Axis,
+    Launch,
+    StopLost,
+    Sweep,
+    budget_axis,
+    label_of,
+)
+from megagamma.scaling.options import check_option, flat_options, is_number, option_names
+from megagamma.scaling.rules import check_arms, check_rule
 
 _KEYS = (
     "name", "config", "set", "axes", "seeds", "rules", "exclude", "budgets", "arms", "launch", "retries", "stop_lost",
 )  # fmt: skip
-_SIZE_OPTIONS = ("model.hidden_size", "model.num_layers", "model.ffn_hidden_size", "model.num_attention_heads")
-_LENGTH_OPTIONS = ("run.tokens", "run.steps")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# Given to each point by the sweep itself.
-_RESERVED = ("run.name", "run.folder", "run.seed", "run.resume", "logging.wandb_group")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a point is started."""
-
-    processes: int = 1
-    """Ranks of a point."""
-    nodes: int = 1
-    """Hosts under SLURM, which share the ranks equally."""
-    time: str = ""
-    """Time limit under SLURM, as sbatch takes it; empty: the partition's."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One value of an axis."""
-
-    label: str
-    """In names and tables."""
-    value: Any
-    """As the file gives it: the option's value, its factor, or the label of a named arm."""
-    options: dict[str, Any]
-    launch: dict[str, Any] = field(default_factory=dict)
-    factor: float | None = None
-    """Of the rule of the axis' option, in place of a value."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A dimension of the grid."""
-
-    name: str
-    arms: tuple[Arm, ...]
-    is_tuned: bool = False
-    """Whether its best value counts, and not each."""
-    option: str | None = None
-    """The option that it sets; None for named arms."""
-
-    @property
-    def sets(self) -> set[str]:
-        """Options that any of its arms sets."""
-        return {name for arm in self.arms for name in arm.options} | ({self.option} if self.option else set())
-
-    @property
-    def is_size(self) -> bool:
-        """Whether it changes the model's size or the length of a run."""
-        return bool(self.sets & {*_SIZE_OPTIONS, *_LENGTH_OPTIONS}) or self.name == "budget"
-
-
-@dataclass(frozen=True)
-class StopLost:
-    """When a point of a tuned axis is ended before its end: its validation loss is behind the best of its group."""
-
-    after: float
-    """Share of the run before which none is ended."""
-    margin: float
-    """Unit: nats per token."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep as its file describes it, checked as far as one can without its points."""
-
-    name: str
-    file: Path
-    configs: tuple[Path, ...]
-    options: dict[str, Any]
-    axes: tuple[Axis, ...]
-    seeds: tuple[int, ...]
-    rules: dict[str, dict[str, Any]]
-    exclude: tuple[dict[str, str], ...]
-    """Labels by axis; a point that has them all is left out."""
-    budgets: tuple[float, ...]
-    arms: tuple[str, ...]
-    """Axes whose values are compared."""
-    launch: Launch
-    retries: int
-    stop_lost: StopLost | None
-
-    def axis(self, name: str) -> Axis:
-        """The axis of a name."""
-        return next(axis for axis in self.axes if axis.name == name)
-
-
-def option_names() -> list[str]:
-    """Every option of a run that a sweep may set, `init.ROLE` for single exponents included."""
-    return [*known_keys(), *(f"init.{role}" for role in ROLES)]
-
-
-def check_option(name: Any, where: str) -> str:
-    """The name of an option.
-
-    Raises:
-        ConfigurationError: there is none of that name, or the sweep gives it itself.
-    """
-    if name in _RESERVED:
-        raise ConfigurationError(
-            f"{where}{name}: is given by the sweep itself (seeds: [...] sets the seeds): leave it out"
-        )
-    names = option_names()
-    section, _, key = str(name).partition(".")
-    if name in names or (section in ("optimizer", "init") and f"{section}.{key.partition('.')[0]}" in names):
-        return str(name)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else "see megagamma pretrain --help"
-    raise ConfigurationError(f"{where}{str(name)[:100]} is not an option: {hint}")
-
-
-def flat_options(sections: dict[str, Any], where: str) -> dict[str, Any]:
-    """Sections or dotted names of options as `section.key: value`.
-
-    Raises:
-        ConfigurationError: an option that does not exist.
-    """
-    result: dict[str, Any] = {}
-    sections_of = {key.partition(".")[0] for key in known_keys() if "." in key}
-    for name, value in sections.items():
-        items = {f"{name}.{key}": item for key, item in value.items()} if name in sections_of else {name: value}
-        if name in sections_of and not isinstance(value, dict):
-            raise ConfigurationError(f"{where}{name}: is a section: give its options")
-        for key, item in items.items():
-            result[check_option(key, where)] = item
-    return result
+_LARGEST_SEED = 2**63 - 1  # a column of the table holds signed numbers of 64 bits
 
 
 def find_file(name: str, sweep: Path, where: str, tree: Path | None = None) -> Path:
@@ -178,12 +62,6 @@ def find_file(name: str, sweep: Path, where: str, tree: Path | None = None) -> P
         if (folder / name).is_file():
             return folder / name
     raise ConfigurationError(f"{where}{name}: there is no such file, here or beside the sweep: check the path")
-
-
-def label_of(value: Any) -> str:
-    """A value as a part of a name: 0.004, true, bf16."""
-    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", text).strip("_") or "empty"
 
 
 class _Reader:
@@ -221,19 +99,29 @@ class _Reader:
         if not _NAME.fullmatch(str(label)):
             raise ConfigurationError(f"{where}a label must be letters, digits, dots, - and _")
         if isinstance(value, str):
-            value = read_sections(str(find_file(value, self.file, where, self.tree)))
+            value = {"file": value}
         if not isinstance(value, dict):
             raise ConfigurationError(f"{where}must be options, such as {{model.hidden_size: 64}}, or a config file")
         value = dict(value)
         launch = value.pop("launch", None) or {}
         self.check_launch(launch, where)
+        options: dict[str, Any] = {}
         if "file" in value:
             named = value.pop("file")
-            value = {**read_sections(str(find_file(named, self.file, where, self.tree))), **value}
-        return Arm(str(label), str(label), flat_options(value, where), launch)
+            if not isinstance(named, str):
+                raise ConfigurationError(f"{where}file={str(named)[:100]} must be the path of one config file")
+            options = flat_options(read_sections(str(find_file(named, self.file, where, self.tree))), where)
+        # Option by option: the file keeps what the arm does not set of a section.
+        return Arm(str(label), str(label), options | flat_options(value, where), launch)
 
     def axis(self, name: str, value: Any) -> Axis:
         where = f"{self.where}axes.{name}: "
+        if name == BUDGET:
+            raise ConfigurationError(
+                f"{where}is the name of the axis of the budgets: give budgets: [...], or rename it"
+            )
+        if name in COLUMNS:
+            raise ConfigurationError(f"{where}the table has a column {name} of its own: rename the axis")
         is_option = name in option_names()
         if isinstance(value, dict) and not is_option and "values" not in value:
             arms = tuple(self.named_arm(name, label, options) for label, options in value.items())
@@ -251,7 +139,7 @@ class _Reader:
         leaf = name.rpartition(".")[2]
         if "factors" in value:
             factors = value["factors"]
-            if not isinstance(factors, list) or not all(_is_number(one) and one > 0 for one in factors):
+            if not isinstance(factors, list) or not all(is_number(one) and one > 0 for one in factors):
                 raise ConfigurationError(f"{where}factors={factors} must be a list of numbers above 0")
             if name not in self.mapping("rules"):
                 raise ConfigurationError(f"{where}factors multiply the value of a rule: give rules.{name}, or values")
@@ -281,15 +169,15 @@ class _Reader:
                 raise ConfigurationError(f"{where}launch.{name}={number} must be a whole number of 1 or more")
         if not isinstance(values.get("time", ""), str):
             raise ConfigurationError(f'{where}launch.time={values["time"]} must be text, such as "02:00:00"')
-        if values.get("processes", 1) % values.get("nodes", 1):
-            raise ConfigurationError(
-                f"{where}launch.nodes={values['nodes']} must divide launch.processes={values.get('processes', 1)}"
-            )
 
     def seeds(self) -> tuple[int, ...]:
-        seeds = self.listing("seeds") or [1234]
-        if not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):
-            raise self.fail(f"seeds={seeds} must be whole numbers of 0 or more")
+        seeds = self.listing("seeds") if "seeds" in self.values else [1234]
+        if not seeds:
+            raise self.fail("seeds has none: a sweep without seeds has no points: give some, or leave it out for 1234")
+        if not all(type(seed) is int and 0 <= seed <= _LARGEST_SEED for seed in seeds):
+            raise self.fail(
+                f"seeds={str(seeds)[:100]} must be whole numbers of 0 or more, and at most {_LARGEST_SEED} (2^63 - 1)"
+            )
         if len(set(seeds)) < len(seeds):
             raise self.fail(f"seeds={seeds}: one is there twice: points would differ in nothing")
         return tuple(seeds)
@@ -304,10 +192,7 @@ class _Reader:
                 axis = next((axis for axis in axes if axis.name == name), None)
                 if axis is None:
                     raise self.fail(f"exclude: {name} is not an axis: use {', '.join(axis.name for axis in axes)}")
-                # A label such as 64 is a number in YAML.
-                arm = next(
-                    (arm for arm in axis.arms if value in (arm.value, arm.label) or str(value) == arm.label), None
-                )
+                arm = next((arm for arm in axis.arms if arm.has_key(value)), None)
                 if arm is None:
                     raise self.fail(
                         f"exclude: {name}={value} is no value of that axis: use {[a.value for a in axis.arms]}"
@@ -330,23 +215,26 @@ class _Reader:
         if (
             not isinstance(values, dict)
             or set(values) != {"after", "margin"}
-            or not all(map(_is_number, values.values()))
+            or not all(map(is_number, values.values()))
         ):
             raise self.fail(f"stop_lost={values} must have two numbers, after and margin")
         if not 0 < values["after"] < 1 or values["margin"] < 0:
             raise self.fail(f"stop_lost={values}: after must lie between 0 and 1, and margin must be 0 or more")
         return StopLost(float(values["after"]), float(values["margin"]))
 
-    def rules(self) -> dict[str, dict[str, Any]]:
+    def rules(self, grid: tuple[Axis, ...]) -> dict[str, dict[str, Any]]:
         found = self.mapping("rules")
         for option, rule in found.items():
             check_option(option, f"{self.where}rules: ")
             check_rule(rule, f"{self.where}rules.{option}: ")
+            check_arms(rule, grid, f"{self.where}rules.{option}: ")
         return found
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    def budgets(self, given: tuple[float, ...] | None) -> tuple[float, ...]:
+        budgets = self.listing("budgets") if given is None else list(given)
+        if not all(is_number(one) and 0 < one < 1e30 for one in budgets):
+            raise self.fail(f"budgets={budgets} must be FLOPs, numbers above 0")
+        return tuple(float(one) for one in budgets)
 
 
 def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None, tree: Path | None = None) -> Sweep:
@@ -377,19 +265,19 @@ def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None, tree:
             )
     reader = _Reader(file, values, tree)
     axes = tuple(reader.axis(str(name), value) for name, value in reader.mapping("axes").items())
+    given = reader.budgets(budgets)
+    budget = budget_axis(given)
+    grid = (*axes, reader.checked(budget)) if budget else axes
     options = flat_options(reader.mapping("set"), reader.where + "set: ")
-    rules = reader.rules()
+    rules = reader.rules(grid)
     if budgets is not None:
         # On the command line they take the place of the file's lengths.
-        options, rules = ({k: v for k, v in one.items() if k not in _LENGTH_OPTIONS} for one in (options, rules))
-    budgets = tuple(reader.listing("budgets")) if budgets is None else budgets
-    _check_writers(reader, axes, options, rules, bool(budgets))
+        options, rules = ({k: v for k, v in one.items() if k not in LENGTH_OPTIONS} for one in (options, rules))
+    _check_writers(reader, axes, options, rules, bool(given))
     reader.check_launch(values.get("launch") or {}, reader.where)
     retries = values.get("retries", 2)
     if type(retries) is not int or retries < 0:
         raise reader.fail(f"retries={retries} must be a whole number of 0 or more")
-    if not all(_is_number(one) and 0 < one < 1e30 for one in budgets):
-        raise reader.fail(f"budgets={list(budgets)} must be FLOPs, numbers above 0")
     return Sweep(
         name=reader.name(),
         file=file,
@@ -398,9 +286,9 @@ def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None, tree:
         axes=axes,
         seeds=reader.seeds(),
         rules=rules,
-        exclude=reader.exclusions(axes),
-        budgets=tuple(float(one) for one in budgets),
-        arms=reader.arms(axes),
+        exclude=reader.exclusions(grid),
+        budgets=given,
+        arms=reader.arms(grid),
         launch=Launch(**(values.get("launch") or {})),
         retries=retries,
         stop_lost=reader.stop_lost(),
@@ -431,6 +319,6 @@ def _check_writers(
             other = f"axis {owner[option]}" if option in owner else f"rules.{option}"
             raise reader.fail(f"set.{option} and {other} both set {option}: keep one")
     if has_budgets:
-        for option in _LENGTH_OPTIONS:
+        for option in LENGTH_OPTIONS:
             if option in owner or option in rules or option in options:
                 raise reader.fail(f"budgets and {option} both set the length of a run: keep one")

@@ -62,6 +62,17 @@ def test_what_arms_differ_in(tmp_path: Path) -> None:
     )
 
 
+def test_an_entry_of_a_mapping_is_the_option_of_its_axis(tmp_path: Path) -> None:
+    """It is what the arms are meant to differ in; an entry of another mapping that an arm sets alone is not."""
+    for axis, option in (("optimizer.lr_factors.head", "optimizer.lr_factors"), ("init.query", "init.exponents")):
+        values = plan_of(write(tmp_path, axes={axis: [0.5, 1.0]}, rules={}))
+        assert f"differ in {option};" in values["comparison"][0]
+        assert not any("differs between arms too" in text for text in values["warnings"])
+    rule = {"rule": "constant", "value": 0.5, "arms": {"init.gamma": {0.5: {"value": 0.8}}}}
+    values = plan_of(write(tmp_path, axes={"init.gamma": [0.5, 1.0]}, rules={"init.query": rule}))
+    assert any(text.startswith("init.exponents differs between arms too") for text in values["warnings"])
+
+
 def test_isoflop_grids_are_wide_and_centred(tmp_path: Path) -> None:
     sizes = {f"d{width}": {"model.hidden_size": width} for width in (32, 48, 64, 96)}
     axes = {"size": sizes}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_a_tuned_point_that_is_behind_is_ended(tmp_path: Path, data_cache: str) 
     assert is_lost(other, states, rule)
     assert not is_lost(state, states, rule)
     for one in states:
-        one.point = type(one.point)(**{**vars(one.point), "tuned": ()})
+        one.point = replace(one.point, tuned=())
     assert not is_lost(other, states, rule)
 
 

@@ -9,6 +9,7 @@ import pytest
 from support.sweeps import GOOD, write
 
 from megagamma.errors import ConfigurationError
+from megagamma.scaling.grid import COLUMNS
 from megagamma.scaling.points import content_hash, expand
 from megagamma.scaling.spec import read_sweep
 
@@ -92,6 +93,22 @@ REFUSED = [
     ({"axes": {"logging.wandb_project": ["a", "b"]}}, "differ in nothing"),
     ({"launch": {"processes": 3}}, "data.global_batch_size=8 must be a multiple of"),
     ({"set": {"init.gamma": 9}, "axes": {}}, "init.gamma=9"),
+    ({"seeds": []}, "seeds has none: a sweep without seeds has no points"),
+    ({"seeds": [2**63]}, "seeds=[9223372036854775808] must be whole numbers of 0 or more, and at most 9223372036854775807"),
+    ({"axes": {"size": {"a": {"file": ["x.yaml"]}}}}, "axes.size.a: file=['x.yaml'] must be the path of one config file"),
+    ({"axes": {"size": {"a": {"file": None}}}}, "axes.size.a: file=None must be the path of one config file"),
+    ({"axes": {"optimizer.lr.x": [1]}}, "optimizer.lr.x is not an option: optimizer.lr has no entries: set optimizer.lr"),
+    ({"set": {"init.gamma.x": 1}}, "set: init.gamma.x is not an option: init.gamma has no entries: set init.gamma itself"),
+    ({"set": {"optimizer.lr_factors.": 1}}, "optimizer.lr_factors. is not an option"),
+    ({"set": {"model": {"qk_norm": True}, "model.qk_norm": False}}, "set: model.qk_norm is given twice"),
+    ({"budgets": [1e9, 1e9]}, "axes.budget: 1e09 is there twice"),
+    ({"exclude": [{"budget": 1e9}]}, "exclude: budget is not an axis"),
+    ({"budgets": [1e9], "exclude": [{"budget": 2e9}]}, "budget=2000000000.0 is no value of that axis: use [1000000000.0]"),
+    ({"axes": {"budget": {"a": {}, "b": {"init.gamma": 0.5}}}}, "axes.budget: is the name of the axis of the budgets"),
+    ({"axes": {"a": {"x": {}, "x-y": {"init.gamma": 0.5}}, "b": {"y-z": {}, "z": {"optimizer.eps": 1.0e-7}}}},
+     "points a=x x b=y-z and a=x-y x b=z are both named x-y-z: rename a label"),
+    ({"axes": {"size": {"d32": {"launch": {"nodes": 3}}}}, "launch": {"processes": 4}},
+     "point d32: launch.nodes=3 must divide launch.processes=4: use 1, 2 or 4"),
 ]  # fmt: skip
 
 
@@ -101,6 +118,44 @@ def test_bad_sweeps_are_refused(tmp_path: Path, changes: dict[str, Any], message
         points(tmp_path, **changes)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_an_axis_may_not_be_named_as_a_column_of_the_table(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"axes\.{name}: the table has a column {name} of its own"):
+        read_sweep(write(tmp_path, axes={name: {"a": {}, "b": {"init.gamma": 0.5}}}))
+
+
+def test_a_file_keeps_what_its_arm_does_not_set(tmp_path: Path) -> None:
+    """Option by option, also where both give a section, or one of them dotted names."""
+    (tmp_path / "arm.yaml").write_text(
+        "model: {hidden_size: 32, num_layers: 3, ffn_hidden_size: 64}\ninit.query: 0.5\n"
+    )
+    arms = {
+        "file": "arm.yaml",
+        "section": {"file": "arm.yaml", "model": {"num_layers": 2}, "init": {"key": 0.7}},
+        "dotted": {"file": "arm.yaml", "model.num_layers": 5, "init.query": 0.9},
+    }
+    found = {point.group: point.config for point in points(tmp_path, axes={"size": arms}, seeds=[1])}
+    shapes = {name: (c.model.hidden_size, c.model.num_layers, c.model.ffn_hidden_size) for name, c in found.items()}
+    assert shapes == {"file": (32, 3, 64), "section": (32, 2, 64), "dotted": (32, 5, 64)}
+    assert found["section"].init.exponents == {"query": 0.5, "key": 0.7}
+    assert found["dotted"].init.exponents == {"query": 0.9}
+
+
+def test_nodes_and_processes_are_checked_together(tmp_path: Path) -> None:
+    """Those of an arm and of the sweep are one launch: neither alone has to divide."""
+    axes = {"size": {"d32": {"launch": {"nodes": 2}}}}
+    (point,) = points(tmp_path, axes=axes, launch={"processes": 4}, seeds=[1])
+    assert (point.launch.processes, point.launch.nodes) == (4, 2)
+
+
+def test_a_budget_may_be_excluded(tmp_path: Path) -> None:
+    excluded = [{"budget": 4e10, "size": "d32"}]
+    found = points(tmp_path, budgets=[1e10, 4e10], exclude=excluded, seeds=[1], rules={})
+    assert [point.group for point in found if point.config.init.gamma == 1] == [
+        "d32-gamma1-1e10", "d64-gamma1-1e10", "d64-gamma1-4e10",
+    ]  # fmt: skip
 
 
 def test_a_missing_or_broken_file(tmp_path: Path) -> None:
