@@ -221,7 +221,7 @@ def read_state(point: Point, digest: str, folder: Path, retries: int) -> PointSt
     if not (folder / "point.json").is_file():
         return state
     record = read_json(folder / "point.json")
-    state.codes = tuple(map(str, record.get("codes") or [record.get("code", "")]))  # `code` until 0.5
+    state.codes = tuple(map(str, record.get("codes") or [record.get("code", "")]))  # one `code` in older folders
     state.commit = str(record.get("commit") or "")
     run = RunFolder(folder)
     state.metrics = run.metrics().read()

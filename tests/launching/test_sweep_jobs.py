@@ -119,7 +119,7 @@ def test_one_command_from_the_plan_to_the_table(
     # Another version of the code is reported, and redone only where asked.
     monkeypatch.setattr(command, "code_hash", lambda: "another")
     assert command.main(["submit", *arguments]) == 0
-    assert "2 points were finished by another version" in capsys.readouterr().out and jobs_of(state) == jobs
+    assert "2 points were trained, in whole or in part, by another version" in capsys.readouterr().out and jobs_of(state) == jobs
     assert command.main(["submit", *arguments, "--strict_code"]) == 0
     assert "2 to submit" in capsys.readouterr().out and len(list(state.glob("points/*.before-1"))) == 2
     assert command.main(["cancel", *arguments]) == 0
