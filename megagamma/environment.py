@@ -6,6 +6,7 @@ only, so that `--help` answers at once, and so that OpenMP can be set up before 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -236,6 +237,26 @@ def let_waiting_threads_sleep() -> None:
     # Both are read when the OpenMP library is loaded; the second by that of LLVM and Intel.
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_freed_memory() -> bool:
+    """Let this process use memory again that it has freed, in place of handing it back to the kernel; for runs on a CPU.
+
+    The C library returns large blocks at once. The next step asks for them again, and the kernel clears them page by page:
+    on two cores a sixth of a step of configs/demo.yaml. What a process holds is then its peak, which is what it needs in
+    every step. Settings of the user, or another allocator of theirs, stay.
+
+    Returns:
+        Whether it is set; only the GNU C library has the setting.
+    """
+    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # malloc.h
+    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, most))
 
 
 def cpu_quota(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -18,7 +18,7 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
 from megagamma.cli import keep_console, leave, main_guard
 from megagamma.config.io import as_dict, parse_config
 from megagamma.crash import attach
-from megagamma.environment import let_waiting_threads_sleep, world_size
+from megagamma.environment import keep_freed_memory, let_waiting_threads_sleep, world_size
 from megagamma.launching.stacks import offer_stacks
 from megagamma.preflight import check_early
 
@@ -26,6 +26,7 @@ from megagamma.preflight import check_early
 def main(arguments: list[str] | None = None) -> int:
     """Train; returns the exit code."""
     let_waiting_threads_sleep()  # before torch is imported
+    keep_freed_memory()
     offer_stacks()
     size = world_size()
     config = parse_config(arguments, program=os.path.basename(sys.argv[0]), world_size=size)

@@ -261,6 +261,36 @@ def test_waiting_threads_sleep_unless_the_user_chose(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name)
 
 
+def test_freed_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page faults of large blocks that are freed and asked for again: none where freed memory is kept."""
+    if sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None:
+        pytest.skip("only the GNU C library has the setting")
+    code = textwrap.dedent("""
+        import resource, sys
+        from megagamma.environment import keep_freed_memory
+        kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+        for _ in range(12):
+            if _ == 2:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = bytearray(1 << 26)
+            block[::4096] = b"x" * (1 << 14)
+            del block
+        print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """)
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD")]:
+        monkeypatch.delenv(name)
+
+    def faults(way: str) -> tuple[bool, int]:
+        words = [sys.executable, "-c", code, way]
+        kept, count = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+        return kept == "True", int(count)
+
+    assert faults("keep")[0] and faults("keep")[1] < 5_000
+    assert not faults("default")[0] and faults("default")[1] > 50_000
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000")
+    assert not faults("keep")[0]
+
+
 def test_training_threads_sleep_while_they_wait(root: Path) -> None:
     """CPU time of a process whose second thread waits: none when it sleeps, that of a core when it spins."""
     code = textwrap.dedent("""

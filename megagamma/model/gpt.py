@@ -25,6 +25,7 @@ from megagamma.model.attention import (
     RotaryAttention,
     SDPACoreAttention,
 )
+from megagamma.model.cross_entropy import cross_entropy
 from megagamma.model.norm import RMSNorm
 from megagamma.model.rotary import RotaryTable
 from megagamma.model.swiglu import SwiGLUMLP
@@ -124,8 +125,7 @@ class GPT(GPTModel):
         labels = labels.t()
         ranks = self.pg_collection.tp.size()
         if ranks == 1:
-            logits = logits[..., : self.true_vocab_size].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), self.true_vocab_size)
             return loss.view(labels.shape).t()
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         logits = logits.float()

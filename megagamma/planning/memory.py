@@ -177,12 +177,11 @@ def stage_activation_bytes(config: Config, stage: int, data_size: int, dtype_byt
 def logits_bytes(config: Config, dtype_bytes: int) -> float:
     """The loss of one microbatch at its fullest, on a rank of the last stage. Unit: bytes.
 
-    On one tensor-parallel rank three fp32 tensors of the logits' shape meet in the backward pass: log-probabilities,
-    their gradient, and the logits' gradient; in the forward pass logits, their part without padding, and the
-    log-probabilities. Between tensor-parallel ranks Megatron works in place: logits, fp32 copy, and masked copy.
+    On one tensor-parallel rank the logits, which their gradient overwrites (`megagamma.model.cross_entropy`). Between
+    tensor-parallel ranks Megatron's loss: logits, fp32 copy, and masked copy.
     """
     t = config.parallel.tensor
-    return _tokens(config) * padded_vocab_size(config.model) / t * (12.0 if t == 1 else dtype_bytes + 8.0)
+    return _tokens(config) * padded_vocab_size(config.model) / t * (dtype_bytes if t == 1 else dtype_bytes + 8.0)
 
 
 def _working_bytes(config: Config, dtype_bytes: int) -> float:

@@ -115,7 +115,7 @@ def test_logits_are_on_the_last_stage():
     config = layout(small(num_layers=4, vocab_size=257), pipeline=2)
     first, last = (stage_memory(config, stage, 1, 2, {}) for stage in range(2))
     assert first.logits_bytes == 0
-    assert last.logits_bytes == 128 * 2 * 384 * 12
+    assert last.logits_bytes == 128 * 2 * 384 * 2  # bf16, overwritten by their gradient
     config.parallel.tensor = 2
     assert stage_memory(config, 1, 1, 2, {}).logits_bytes == 128 * 2 * 192 * (2 + 8)
 
@@ -271,8 +271,8 @@ def test_a_run_that_cannot_fit_is_refused_by_its_knob(monkeypatch):
     with pytest.raises(ConfigurationError) as caught:
         of_7b("--parallel.memory_gib", "70")
     text = str(caught.value)
-    assert "parallel.memory_gib=70: a rank of pipeline stage 0 needs 81.61 GiB, most of it activations" in text
-    assert "use --model.recompute full, which needs 54.84 GiB" in text
+    assert "parallel.memory_gib=70: a rank of pipeline stage 0 needs 80.51 GiB, most of it activations" in text
+    assert "use --model.recompute full, which needs 54.61 GiB" in text
     assert of_7b("--parallel.memory_gib", "82").parallel.memory_gib == 82
     with pytest.raises(ConfigurationError, match=r"parallel.memory_gib=0.0 must be more than 0"):
         of_7b("--parallel.memory_gib", "0")
