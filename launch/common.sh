@@ -42,6 +42,8 @@ take_snapshot() {    # the first start of a job takes it; a requeue finds it aga
   [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${MEGAGAMMA_DRY_RUN:-}" ] || return 0
   local root=${MEGAGAMMA_CODE_ROOT:-$home/runs/.code}
   local link=$root/job-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
+  # Numbers begin anew where a controller is set up again: a first start takes no link of another job. (Tasks of an array do.)
+  [ "${SLURM_RESTART_COUNT:-0}" != 0 ] || [ -n "${SLURM_ARRAY_JOB_ID:-}" ] || rm -f "$link"
   if [ ! -e "$link" ]; then
     code=$(PYTHONPATH=$home "$host_python" -m megagamma.launching.snapshot "$home" "$root") || exit 2
     ln -s "$(basename "$code")" "$link" 2>/dev/null
@@ -60,7 +62,7 @@ keep_configs() {    # the same for the configs that the options name: sets `opti
       *) continue ;;
     esac
     copy=$folder/$i-${file##*/}
-    if [ ! -f "$copy" ]; then
+    if [ ! -f "$copy" ] || [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then
       [ -f "$file" ] || continue    # pretrain.py says what is wrong with it
       { mkdir -p "$folder" && cp "$file" "$copy.new" && mv "$copy.new" "$copy"; } || fail "$copy: cannot be written"
     fi

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from megagamma.environment import visible_gpus
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
+from megagamma.launching.slurm import SlurmError
 from megagamma.reporting.tables import fitted_table
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import read_lock
@@ -94,7 +95,10 @@ def _load(args: argparse.Namespace, any_budget: bool = False) -> tuple[Sweep, Sw
     sweep = read_sweep(args.sweep, None if args.budget is None else tuple(args.budget), args.tree)
     folder = _folder(args, sweep)
     folder.check(sweep, any_budget)
-    return sweep, folder, expand(sweep, folder.points)
+    points = expand(sweep, folder.points)
+    for point in points if args.tree else ():
+        slurm.freeze(point, args.tree)
+    return sweep, folder, points
 
 
 def prepare_data(points: list[Point]) -> None:
@@ -169,7 +173,8 @@ def run(args: argparse.Namespace) -> int:
         # What cannot work is refused by its name, before anything runs.
         make_plan(sweep, points, states, Speed(1.0, "", "cuda" if on_gpus else "cpu"), assumed=False)
         code = code_hash()
-        notice_other_code(folder, states, args.strict_code, code, say)
+        for state in notice_other_code(states, args.strict_code, code, say):
+            folder.set_aside(state)
         register(folder, states, code)
         say(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
@@ -184,10 +189,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def notice_other_code(
-    folder: SweepFolder, states: list[PointState], strict_code: bool, code: str, say: Callable[[str], None]
-) -> None:
-    """Report points that another version of the code, or another kind of machine, finished or began; where asked, set those
-    of another version aside to be run again."""
+    states: list[PointState], strict_code: bool, code: str, say: Callable[[str], None]
+) -> list[PointState]:
+    """Report points that another version of the code, or another kind of machine, finished or began.
+
+    Returns:
+        Those of another version, where they are to be run again.
+    """
     for warning in results.machine_warnings(states):
         say(f"WARNING {warning}")
     others = [
@@ -198,7 +206,7 @@ def notice_other_code(
         and set(state.codes) != {code}
     ]
     if not others:
-        return
+        return []
     what = (
         "they are run again (--strict_code)"
         if strict_code
@@ -208,8 +216,7 @@ def notice_other_code(
         f"WARNING {len(others)} points were trained, in whole or in part, by another version of the code "
         f"({others[0].point.name}, ...): {what}"
     )
-    for state in others if strict_code else ():
-        folder.set_aside(state)
+    return others if strict_code else []
 
 
 def register(folder: SweepFolder, states: list[PointState], code: str) -> None:
@@ -329,7 +336,11 @@ def retry(args: argparse.Namespace) -> int:
 def cancel(args: argparse.Namespace) -> int:
     """End the runner or the jobs."""
     sweep, folder, _ = _load(args)
-    jobs = slurm.cancel_jobs(folder)
+    jobs, problem = [], None
+    try:
+        jobs = slurm.cancel_jobs(folder)
+    except SlurmError as error:
+        problem = error  # a runner here is ended all the same
     if jobs:
         print(f"cancelled jobs {', '.join(jobs)}; running points save first")
     holder = read_lock(folder.path)
@@ -339,7 +350,9 @@ def cancel(args: argparse.Namespace) -> int:
         os.kill(holder.pid, signal.SIGTERM)
         print(f"asked {holder} to stop; its points save first")
     elif not jobs:
-        print(f"nothing of {sweep.name} is running")
+        print(f"nothing of {sweep.name} is running" + (" here" if problem else ""))
+    if problem is not None:
+        raise problem
     return 0
 
 
@@ -351,15 +364,17 @@ def submit(args: argparse.Namespace) -> int:
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
     code = code_hash()
+    redone: list[PointState] = []
 
     def check_points(on_gpus: bool) -> None:
         states, warnings = _states(folder, points, sweep)
-        lacks_torch = not args.device and find_spec("torch") is None
-        if args.plan and lacks_torch:
+        wants_speed = args.plan or args.device or args.mfu is not None
+        lacks_torch = args.device in ("", "cpu") and find_spec("torch") is None
+        if wants_speed and lacks_torch:
             say(
                 "WARNING no plan: this Python has no torch to measure its speed with: name the GPU, such as --device H100"
             )
-        if (args.plan and not lacks_torch) or args.device or args.mfu is not None:
+        if wants_speed and not lacks_torch:
             speed = speed_of(states, args.device, args.mfu, bool(visible_gpus()))
             if on_gpus and speed.device == "cpu":
                 say("WARNING the plan is for this machine's CPU: --device names the GPU of the jobs, such as H100")
@@ -374,10 +389,14 @@ def submit(args: argparse.Namespace) -> int:
         prepare_data(points)
         states = folder.states(expand(sweep, folder.points), sweep.retries)
         slurm.mark_queued(folder, states)
-        notice_other_code(folder, states, args.strict_code, code, say)
+        redone.extend(notice_other_code(states, args.strict_code, code, say))
+        for state in redone:
+            state.forget()  # their folders stay where they are until SLURM has agreed
         return states
 
     def register_frozen(states: list[PointState], tree: Path) -> None:
+        for state in redone:
+            folder.set_aside(state)
         for state in states:
             slurm.freeze(state.point, tree)
         register(folder, states, code)
@@ -410,5 +429,10 @@ ACTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Do one action; returns the exit code."""
-    args = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse would give a list of options its end at the sweep's file already.
+    split = words.index("--") if words[:1] == ["evaluate"] and "--" in words else len(words)
+    args = build_parser().parse_args(words[:split])
+    if words[split + 1 :]:
+        args.options = words[split + 1 :]
     return ACTIONS[args.action](args)

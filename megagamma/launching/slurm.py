@@ -236,6 +236,7 @@ class JobState:
     """As SLURM names it: PENDING, RUNNING, COMPLETED, ..."""
     reason: str
     """Why it waits or ended, in SLURM's word."""
+    name: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -252,15 +253,15 @@ def jobs(numbers: Iterable[str]) -> dict[str, JobState]:
     wanted = ",".join(dict.fromkeys(numbers))
     if not wanted:
         return {}
-    words = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r", f"--jobs={wanted}"]
+    words = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%j", f"--jobs={wanted}"]
     try:
         text = _run(words)
     except _Refused as error:
         if "invalid job id" in error.said.lower():
             return {}
         raise
-    fields = (line.split("|", 2) for line in text.splitlines() if line.count("|") >= 2)
-    return {number: JobState(number, state, reason) for number, state, reason in fields}
+    fields = (line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3)
+    return {number: JobState(number, state, reason, name) for number, state, reason, name in fields}
 
 
 def job_fields(number: str) -> dict[str, str]:

@@ -68,6 +68,10 @@ class PointState:
     training_seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
+    def forget(self) -> None:
+        """Take the point as one that was never started."""
+        vars(self).update(vars(PointState(self.point, self.hash, self.folder, "pending")))
+
     @property
     def is_final(self) -> bool:
         """Whether it is not started again by itself."""
@@ -179,7 +183,7 @@ class SweepFolder:
     def set_aside(self, state: PointState) -> None:
         """Keep a point's folder under another name, so that it is run again."""
         state.folder.rename(first_free(state.folder.parent, f"{state.folder.name}.before-"))
-        vars(state).update(vars(PointState(state.point, state.hash, state.folder, "pending")))
+        state.forget()
 
 
 def note_start(state: PointState) -> None:

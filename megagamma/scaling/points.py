@@ -27,7 +27,7 @@ from megagamma.planning.flops import flops_per_token, parameter_counts
 from megagamma.runs.folder import checkpoint_folders
 from megagamma.scaling.grid import BUDGET, Arm, Launch, Sweep
 from megagamma.scaling.options import option_types, set_option
-from megagamma.scaling.rules import Size, apply_rule, arguments_for, in_order
+from megagamma.scaling.rules import BOUNDS, Size, apply_rule, arguments_for, in_order
 
 ASSUMED_VOCABULARY = 32000
 """Where neither the config nor prepared data says one: only for a plan."""
@@ -308,7 +308,9 @@ def _point(sweep: Sweep, base: dict[str, Any], name: str, labels: dict[str, str]
         for axis in sweep.axes:
             factor = arms[axis.name].factor
             if factor is not None and axis.option == option:
-                result = apply_rule(option, {"rule": "constant", "value": result * factor}, size, where)
+                scaled: dict[str, Any] = {"rule": "constant", "value": result * factor}
+                scaled |= {key: value for key, value in rules[option].items() if key in BOUNDS}
+                result = apply_rule(option, scaled, size, where)
                 axis_values[axis.name] = result
         by_rule[option] = result
         set_option(values, option, result)

@@ -18,7 +18,7 @@ from megagamma.scaling.spec import Launch, Sweep
 
 _LARGEST_ARRAY = 1000  # tasks; SLURM's MaxArraySize is 1001 unless a site says otherwise
 # Of a site's options, what holds for every job: where it may run, and who pays.
-_EVERYWHERE = ("partition", "account", "qos", "reservation", "clusters", "constraint", "exclude", "wckey", "comment",
+_EVERYWHERE = ("partition", "account", "qos", "reservation", "constraint", "exclude", "wckey", "comment",
                "mail-type", "mail-user", "export", "get-user-env")  # fmt: skip
 _OF_THE_SWEEP = (
     "nodes",
@@ -82,6 +82,11 @@ def shared_options(args: argparse.Namespace, site: Site) -> list[Option]:
     ):  # fmt: skip
         if os.environ.get(own) and not os.environ.get(variable) and value_of(options, name) is None:
             options.append(Option(name, os.environ[own]))
+    if value_of(options, "clusters") or os.environ.get("SBATCH_CLUSTERS"):
+        raise ConfigurationError(
+            "clusters, of MEGAGAMMA_SBATCH or SBATCH_CLUSTERS: a sweep's jobs are looked up in the cluster that they are "
+            "submitted from: leave it out, and submit from the other cluster"
+        )
     given = [Option(name, value) for name in ("partition", "account", "qos") if (value := getattr(args, name))]
     return _last_ones([*options, *given])
 
@@ -104,6 +109,10 @@ def point_extras(text: str) -> list[Option]:
     """
     options = parse_text(text, "--sbatch")
     for option in options:
+        if option.name == "clusters":
+            raise ConfigurationError(
+                f"--sbatch {option}: a sweep's jobs are looked up in this cluster: submit from that one"
+            )
         if option.name in _OF_THE_SWEEP:
             where = "--throttle, and the number of points" if option.name == "array" else "launch of the sweep's file"
             raise ConfigurationError(f"--sbatch {option}: is decided by {where}: leave it out")
@@ -139,7 +148,7 @@ def point_options(
         # A site may want GPUs to be asked for in its own way, which is not mixed with another.
         named = [option for option in (*kept, *extras) if names_gpus(option) and option.name != "gpus-per-node"]
         if not named:
-            own.append(Option("gpus-per-node", str(tasks)))
+            own.append(Option("gpus-per-node", _with_type(kept, tasks)))
         count = gpus_per_node([*kept, *own, *extras])
         if count is not None and count < tasks:
             raise ConfigurationError(
@@ -149,6 +158,12 @@ def point_options(
     if limit:
         own.append(Option("time", limit))
     return _last_ones([*kept, *own, *extras])
+
+
+def _with_type(options: Sequence[Option], count: int) -> str:
+    """A number of GPUs, of the type that options ask for, such as h100:4."""
+    kind = (value_of(options, "gpus-per-node") or "").rpartition(":")[0]
+    return f"{kind}:{count}" if kind else str(count)
 
 
 def follow_options(
@@ -171,7 +186,7 @@ def follow_options(
     minutes = int(min(_FOLLOW_MINUTES[kind], max(1.0, partition_minutes)))
     own = [Option("nodes", "1"), Option("ntasks", "1"), Option("time", str(minutes))]
     if kind == "evaluate" and with_gpu and not any(names_gpus(option) for option in extras):
-        own.append(Option("gpus-per-node", "1"))
+        own.append(Option("gpus-per-node", _with_type(shared, 1)))
     return _last_ones([*kept, *own, *extras])
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,7 @@ RULES: dict[str, Callable[..., float]] = {
 """Every rule by its name; its docstring is its formula."""
 
 _EXAMPLE = "such as {init.gamma: {0.5: {value: 0.008}}}"
+BOUNDS = ("multiple_of", "minimum", "maximum")
 _COMMON = ("rule", "multiple_of", "minimum", "maximum", "arms")
 # First what the others may be functions of.
 _BATCH, _TOKENS, _STEPS = _ORDER = ("data.global_batch_size", "run.tokens", "run.steps")
@@ -230,6 +232,15 @@ def apply_rule(option: str, rule: dict[str, Any], size: Size, where: str) -> flo
         if multiple:
             # Nothing that is asked for is rounded away.
             value = round(value / multiple) * multiple or (multiple if value else 0)
+            if value > rule.get("maximum", value):
+                value = math.floor(rule["maximum"] / multiple) * multiple
+            elif value < rule.get("minimum", value):
+                value = math.ceil(rule["minimum"] / multiple) * multiple
+            if not rule.get("minimum", value) <= value <= rule.get("maximum", value):
+                raise ConfigurationError(
+                    f"{where}no multiple of {multiple} lies between minimum={rule.get('minimum')} and "
+                    f"maximum={rule.get('maximum')}: change one of them"
+                )
     except (OverflowError, ValueError, ZeroDivisionError) as error:
         raise ConfigurationError(f"{where}gives no number ({error}): change its arguments") from error
     # 12 digits: the same number on every machine, whatever its pow() rounds.

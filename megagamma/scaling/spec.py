@@ -22,6 +22,7 @@ stop_lost: {after: 0.5, margin: 0.2}      # end a tuned point that is 0.2 nats b
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,13 @@ def read_sweep(path: str | Path, budgets: tuple[float, ...] | None = None, tree:
 def _check_writers(
     reader: _Reader, axes: tuple[Axis, ...], options: dict[str, Any], rules: dict[str, Any], has_budgets: bool
 ) -> None:
-    """Refuse an option that two parts of a sweep would set."""
+    """Refuse an option that two parts of a sweep would set; run.steps and run.tokens are one."""
+    sources = [*((f"axis {axis.name}", axis.sets) for axis in axes), ("set", set(options)), ("rules", set(rules))]
+    lengths = [(place, option) for place, names in sources for option in LENGTH_OPTIONS if option in names]
+    for (place, option), (other, second) in itertools.combinations(lengths, 2):
+        # Arms of one axis may differ in which one they set.
+        if option != second and (place != other or place == "rules"):
+            raise reader.fail(f"{place} sets {option}, and {other} {second}: both are the length of a run: keep one")
     owner: dict[str, str] = {}
     for axis in axes:
         for option in sorted(axis.sets):

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,13 @@ def _alive(folder: SweepFolder) -> list[tuple[dict[str, Any], dict[int, slurm.Jo
         number, _, place = name.partition("_")
         if not state.has_ended and (place or "0").isdigit():
             tasks.setdefault(number, {})[int(place or 0)] = state
-    return [(line, tasks[str(line["job"])]) for line in lines if str(line["job"]) in tasks]
+    found = [(line, tasks[str(line["job"])]) for line in lines if str(line["job"]) in tasks]
+    return [(line, own) for line, own in found if _is_ours(line, own.values())]
+
+
+def _is_ours(line: dict[str, Any], tasks: Iterable[slurm.JobState]) -> bool:
+    """Whether a job is the one that was submitted: numbers begin anew where a controller is set up again."""
+    return all(task.name == line.get("name", task.name) for task in tasks)
 
 
 def queued(folder: SweepFolder) -> dict[str, str]:
@@ -93,7 +99,7 @@ def mark_queued(folder: SweepFolder, states: Sequence[PointState]) -> None:
         return
     for state in states:
         if not state.is_final and state.status != "running" and state.hash in waiting:
-            state.status = "running" if waiting[state.hash] == "RUNNING" else "queued"
+            state.status = "queued"  # also a job that runs already, and does not train yet
 
 
 def cancel_jobs(folder: SweepFolder) -> list[str]:
@@ -120,6 +126,10 @@ class Submission:
         if self.follow is None:
             self.follow = site.values.get("MEGAGAMMA_FOLLOW_SBATCH", "")
         self.evaluate: str | None = args.evaluate
+        try:
+            shlex.split(self.evaluate or "")
+        except ValueError as error:
+            raise ConfigurationError(f"--evaluate {self.evaluate}: {error}: close the quotation") from error
         self.stamp = time.strftime("%Y%m%d-%H%M%S")
         self.partitions: dict[str, slurm.Partition] = {}
         self.jobs: list[dict[str, Any]] = []
@@ -184,14 +194,18 @@ class Submission:
         ]  # fmt: skip
         return [str(option) for option in requests.with_export(options, variables)], variables
 
+    @property
+    def _frozen(self) -> Path:
+        """The sweep's file as it was submitted, under its own name, which may be the sweep's."""
+        return self.folder.slurm / self.stamp / self.sweep.file.name
+
     def list_text(self, group: Group) -> str:
         """The list of an array's points, as launch/point.sbatch reads it."""
         return "".join(f"{s.folder.absolute()}\t{(s.folder / 'point.yaml').absolute()}\n" for s in group.states)
 
     def follow_arguments(self, code: Path) -> dict[str, list[str]]:
         """Commands that follow the points, by name."""
-        frozen = self.folder.slurm / f"{self.stamp}.yaml"
-        common = [str(frozen.absolute()), "--state", str(self.folder.path.absolute()), "--tree", str(code)]
+        common = [str(self._frozen.absolute()), "--state", str(self.folder.path.absolute()), "--tree", str(code)]
         if self.sweep.budgets:
             common += ["--budget", *(repr(budget) for budget in self.sweep.budgets)]
         commands = {"collect": ["sweep", "collect", *common]}
@@ -217,20 +231,31 @@ class Submission:
         for script in ("point.sbatch", "follow.sbatch", "common.sh"):
             say(f"# launch/{script}\n{(root / 'launch' / script).read_text(encoding='utf-8')}")
 
-    def submit(self, groups: Sequence[Group], code: Path, say: Callable[[str], None]) -> None:
-        """Submit the arrays and what follows them; call under the sweep's lock.
+    def submit(
+        self,
+        groups: Sequence[Group],
+        code: Path,
+        before: Callable[[], None],
+        with_gpus: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        """Submit the arrays, none where all points are queued or finished, and what follows them; call under the sweep's lock.
+
+        Args:
+            before: called when SLURM would take all jobs, before the first is submitted.
+            with_gpus: whether any point of the sweep wants GPUs.
 
         What follows waits for all points that are alive, also of earlier submissions, and takes the place of what those
         have chained: an older one would write an older table.
         """
         place, earlier = self.folder.slurm, _alive(self.folder)
-        with_gpus = any(group.needs_gpus for group in groups)
         for line, _ in earlier:
             if line["kind"] == "evaluate" and self.evaluate is None:
                 self.evaluate = str(line.get("options", ""))
                 say(f"evaluation with {self.evaluate or 'no options'}, as job {line['job']} would have done it")
         self._choose_stamp()
-        copy_file(self.sweep.file, place / f"{self.stamp}.yaml")
+        self._frozen.parent.mkdir()
+        copy_file(self.sweep.file, self._frozen)
         arrays = []
         for group in groups:
             file = place / f"{group.name}-{self.stamp}.txt"
@@ -243,20 +268,21 @@ class Submission:
             slurm.check_submission(
                 code / "launch" / "follow.sbatch", *self._follow_request(kind, code, [], with_gpus), words
             )
+        before()
         with contextlib.closing(JsonLines(self.folder.jobs_file)) as log:
             numbers = []
             for group, options, variables in arrays:
                 number = slurm.submit(code / "launch" / "point.sbatch", options, variables)
                 # At once, so that a kill here does not lead to a second array of the same points.
                 points = [state.hash for state in group.states]
-                self._note(log, {"kind": "points", "job": number, "group": group.name, "points": points})
+                self._note(log, {"kind": "points", "job": number, "name": group.name, "points": points})
                 numbers.append(number)
                 say(f"job {number}: {len(points)} points of {group.name}, {_shape(group)}")
             numbers += [str(line["job"]) for line, _ in earlier]
             for kind, words in commands.items():
                 options, variables = self._follow_request(kind, code, numbers, with_gpus)
                 number = slurm.submit(code / "launch" / "follow.sbatch", options, variables, words)
-                note = {"kind": kind, "job": number}
+                note = {"kind": kind, "job": number, "name": f"{self.sweep.name}-{kind}"}
                 self._note(log, note if kind == "collect" else {**note, "options": self.evaluate})
                 say(f"job {number}: {kind}, when the points have ended")
                 numbers = [number]
@@ -272,7 +298,7 @@ class Submission:
     def _choose_stamp(self) -> None:
         """A name of this submission's files that none has; two may be made in one second."""
         first, number = self.stamp, 1
-        while (self.folder.slurm / f"{self.stamp}.yaml").exists():
+        while self._frozen.parent.exists():
             number += 1
             self.stamp = f"{first}-{number}"
 
@@ -313,7 +339,8 @@ def submit_sweep(
         points: all points of the sweep.
         check_points: refuses points that cannot work; gets whether they run on GPUs.
         prepared_states: prepares the data, and returns the points' states.
-        register: writes what is going to run into the points' folders; gets the states and the code's snapshot.
+        register: writes what is going to run into the points' folders, once SLURM would take it; gets the states and the
+            code's snapshot.
         say: prints a line.
 
     Raises:
@@ -350,10 +377,12 @@ def submit_sweep(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {finished} finished, "
             f"{len(waiting)} queued or running, {given_up} given up, {len(todo)} to submit"
         )
-        if todo:
+        kinds = {line["kind"] for line, _ in _alive(folder)}
+        lacks_collect = "points" in kinds and "collect" not in kinds
+        if todo or lacks_collect or (args.evaluate is not None and "evaluate" not in kinds):
             code = snapshot(root, folder.code).absolute()
-            register(todo, code)
-            submission.submit(groups_of(sweep, todo), code, say)
+            with_gpus = any(point.config.run.device != "cpu" for point in points)
+            submission.submit(groups_of(sweep, todo), code, lambda: register(todo, code), with_gpus, say)
             waiting |= {state.hash: "PENDING" for state in todo}
         for state in states:
             if not state.is_final and state.status != "running" and state.hash in waiting:

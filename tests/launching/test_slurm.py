@@ -43,6 +43,7 @@ def test_jobs_are_submitted_seen_and_cancelled(client: Cluster, tmp_path: Path) 
     assert client.wait(number, "RUNNING") == "RUNNING"
     found = slurm.jobs([number, array])
     assert set(found) == {number, *(f"{array}_{task}" for task in range(3))}
+    assert found[number].name == slurm.job_fields(number)["JobName"]
     assert found[number].state == "RUNNING" and not found[number].has_ended
     assert found[f"{array}_2"].state == "PENDING"
     assert slurm.job_fields(number)["NumNodes"] == "2"

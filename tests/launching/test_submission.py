@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -10,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.processes import ROOT
 from support.sweeps import write_study
 
+from megagamma.commands import convert_and_eval
 from megagamma.commands import sweep as command
+from megagamma.commands.__main__ import main as console
 from megagamma.errors import ConfigurationError
+from megagamma.files import copy_file
 from megagamma.launching.sbatch_options import Option, gpus_per_node, parse, parse_text
-from megagamma.scaling.folder import PointState
+from megagamma.launching.site import load_site
+from megagamma.launching.slurm import JobState, SlurmError
+from megagamma.runs.folder import RunFolder
+from megagamma.scaling.folder import PointState, SweepFolder
 from megagamma.scaling.points import expand
 from megagamma.scaling.requests import Group, follow_options, groups_of, point_options
 from megagamma.scaling.spec import Launch, read_sweep
+from megagamma.scaling.submit import Submission, _is_ours
 
 BASE: dict[str, Any] = {"axes": {"init.gamma": [0.5, 1.0]}, "seeds": [1], "launch": {"processes": 2, "nodes": 2}}
 
@@ -204,3 +213,116 @@ def test_submitting_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_follows_understands_its_words(tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the chained jobs, given to the console script: of a sweep whose name is that of its file, and whose
+    DeepSpeed file was edited after it was submitted."""
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "ds.json").write_bytes((tmp_path / "ds.json").read_bytes())
+    path = write_study(
+        tmp_path,
+        data_cache,
+        {**BASE, "config": str(ROOT / "configs" / "smoke.yaml")},
+        set={"deepspeed_config": "ds.json"},
+    )
+    values = yaml.safe_load(path.read_text())
+    del values["name"]
+    path.write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(path), "--state", str(tmp_path / "state"), "--evaluate", "--tasks quick --limit 2"]
+    sweep, folder = read_sweep(path), SweepFolder(tmp_path / "state")
+    submission = Submission(command.build_parser().parse_args(["submit", *arguments]), sweep, folder, load_site())
+    folder.claim(sweep)
+    for state in folder.states(expand(sweep, folder.points), 0):
+        folder.register(state, "code", None)
+        RunFolder(state.folder).events().write({"event": "end", "step": state.point.steps})
+    copy_file(path, submission._frozen)
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+
+    words = submission.follow_arguments(tree)
+    assert console(words["collect"]) == 0
+    with open(folder.csv_file) as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["done", "done"]
+    given: list[list[str]] = []
+    monkeypatch.setattr(convert_and_eval, "main", lambda arguments: given.append(arguments) or 0)
+    assert console(words["evaluate"]) == 0
+    assert given[0][-4:] == ["--tasks", "quick", "--limit", "2"] and len(given[0]) == 6
+    options = command.build_parser().parse_args(["submit", str(path), "--evaluate", "--tasks 'x"])
+    with pytest.raises(ConfigurationError, match="--evaluate --tasks 'x: No closing quotation"):
+        Submission(options, sweep, folder, load_site())
+
+
+def test_a_type_of_gpu_stays() -> None:
+    group = Group("study", Launch(4, 1), (), True)
+    found = point_options(group, parse(["--gpus-per-node=h100:8"]), [], "", True)
+    assert Option("gpus-per-node", "h100:4") in found
+    assert Option("gpus-per-node", "h100:1") in follow_options(
+        "evaluate", parse(["--gpus-per-node=h100:8"]), "", 60, True
+    )
+
+
+def test_other_clusters_are_refused(tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their jobs would not be found again, and be submitted twice."""
+    arguments = [
+        "submit",
+        str(write_study(tmp_path, data_cache, BASE)),
+        "--dry_run",
+        "--state",
+        str(tmp_path / "state"),
+    ]
+    with pytest.raises(
+        ConfigurationError, match=r"--sbatch --clusters=c2: a sweep's jobs are looked up in this cluster"
+    ):
+        command.main([*arguments, "--sbatch=-M c2"])
+    monkeypatch.setenv("SBATCH_CLUSTERS", "c2")
+    with pytest.raises(ConfigurationError, match="SBATCH_CLUSTERS: a sweep's jobs are looked up"):
+        command.main(arguments)
+
+
+def test_a_number_that_is_another_job_by_now() -> None:
+    states = [JobState("7_0", "RUNNING", "None", "study")]
+    assert _is_ours({"job": "7", "name": "study"}, states)
+    assert not _is_ours({"job": "7", "name": "another"}, states)
+    assert _is_ours({"job": "7"}, states), "one that was submitted before names were written down"
+
+
+def test_configs_of_another_job_of_the_number(tmp_path: Path) -> None:
+    """A first start copies anew; a requeue keeps what the first start copied."""
+    config = tmp_path / "my.yaml"
+    script = """
+        home=$PWD
+        . launch/common.sh
+        unset MEGAGAMMA_DRY_RUN
+        keep_configs --config "$CONFIG"
+        cat "${options[1]}"
+    """
+
+    def seen(text: str, restarts: int) -> str:
+        config.write_text(text)
+        given = {
+            "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MEGAGAMMA_HOME": str(ROOT), "MEGAGAMMA_PYTHON": sys.executable,
+            "MEGAGAMMA_DRY_RUN": "1", "MEGAGAMMA_CODE_ROOT": str(tmp_path / "copies"),
+            "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "CONFIG": str(config),
+        }  # fmt: skip
+        return subprocess.run(
+            ["bash", "-c", script], cwd=ROOT, env=given, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert [seen("a", 0), seen("b", 1), seen("c", 0)] == ["a", "a", "c"]
+
+
+def test_cancel_without_an_answer_of_slurm(
+    tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A runner of this machine is looked for all the same."""
+    path, folder = write_study(tmp_path, data_cache, BASE), SweepFolder(tmp_path / "state")
+    folder.claim(read_sweep(path))
+    folder.slurm.mkdir()
+    folder.jobs_file.write_text(json.dumps({"kind": "points", "job": "7", "points": []}) + "\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError):
+        command.main(["cancel", str(path), "--state", str(folder.path)])
+    assert "nothing of study is running here" in capsys.readouterr().out

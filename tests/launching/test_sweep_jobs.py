@@ -15,7 +15,7 @@ from support.slurm import ROOT, Cluster, until
 from support.sweeps import table, write_study
 
 from megagamma.commands import sweep as command
-from megagamma.errors import ConfigurationError
+from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.launching import slurm
 from megagamma.runs.folder import RunFolder
 
@@ -119,7 +119,12 @@ def test_one_command_from_the_plan_to_the_table(
     # Another version of the code is reported, and redone only where asked.
     monkeypatch.setattr(command, "code_hash", lambda: "another")
     assert command.main(["submit", *arguments]) == 0
-    assert "2 points were trained, in whole or in part, by another version" in capsys.readouterr().out and jobs_of(state) == jobs
+    assert "2 points were trained, in whole or in part, by another version" in capsys.readouterr().out
+    assert jobs_of(state) == jobs
+    with pytest.raises(MegagammaError):  # what SLURM refuses loses nothing
+        command.main(["submit", *arguments, "--strict_code", "--sbatch=--constraint=none"])
+    assert not list(state.glob("points/*.before-1"))
+    capsys.readouterr()
     assert command.main(["submit", *arguments, "--strict_code"]) == 0
     assert "2 to submit" in capsys.readouterr().out and len(list(state.glob("points/*.before-1"))) == 2
     assert command.main(["cancel", *arguments]) == 0
@@ -165,9 +170,17 @@ def test_queued_points_are_left_alone_and_cancelled(
     assert in_cluster.field(scores, "Dependency") == f"afterany:{last}(unfulfilled)"
     assert in_cluster.field(last, "TimeLimit") == "01:00:00" and in_cluster.field(evaluate, "TimeLimit") == "00:07:00"
     # Each submission has files of its own, also within a second.
-    assert len(list((state / "slurm").glob("study-*.txt"))) == 2 == len(list((state / "slurm").glob("*.yaml")))
+    assert len(list((state / "slurm").glob("study-*.txt"))) == 2 == len(list((state / "slurm").glob("*/study.yaml")))
     assert command.main(["status", *arguments]) == 0
     assert "4 points: 4 queued" in capsys.readouterr().out
+    # A collection that is lost is chained again, though there is no point to submit.
+    slurm.cancel([last])
+    until(lambda: in_cluster.state(last) == "CANCELLED", 30)
+    assert command.main(["submit", *arguments]) == 0
+    again = jobs_of(state)[-2:]
+    assert [job["kind"] for job in again] == ["collect", "evaluate"]
+    after = in_cluster.field(again[0]["job"], "Dependency")
+    assert f"afterany:{old}_*" in after and f"afterany:{new}_*" in after
     assert command.main(["cancel", *arguments]) == 0
     numbers = [job["job"] for job in jobs_of(state)]
     until(lambda: all(one.has_ended for one in slurm.jobs(numbers).values()), 30)

@@ -80,7 +80,7 @@ def test_points_of_other_machines_are_reported(
         assert machine_lines(capsys.readouterr().out) == expected
     states = folder.states([state.point for state in states], 2)
     said: list[str] = []
-    command.notice_other_code(folder, states, False, command.code_hash(), said.append)
+    command.notice_other_code(states, False, command.code_hash(), said.append)
     assert said[:3] == expected and "another version of the code" in said[3]
     assert {state.status for state in states[:4]} == {"done"}  # a result is a result
     # What the config says is no surprise.

@@ -161,3 +161,30 @@ def test_rules_that_give_no_number(tmp_path: Path, rule: Any, message: str) -> N
     with pytest.raises(ConfigurationError) as refused:
         points(tmp_path, rules={"optimizer.lr": rule})
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "expected"),
+    [
+        ({"maximum": 100, "multiple_of": 64}, 120, 64),
+        ({"minimum": 90, "multiple_of": 64}, 10, 128),
+        (
+            {"minimum": 65, "maximum": 127, "multiple_of": 64},
+            10,
+            "no multiple of 64 lies between minimum=65 and maximum=127",
+        ),
+    ],
+)
+def test_multiples_keep_to_the_bounds(tmp_path: Path, bounds: dict[str, Any], value: float, expected: Any) -> None:
+    rules = {"run.steps": {"rule": "constant", "value": value, **bounds}}
+    if isinstance(expected, str):
+        with pytest.raises(ConfigurationError, match=expected):
+            only(tmp_path, rules=rules)
+    else:
+        assert only(tmp_path, rules=rules).steps == expected
+
+
+def test_factors_keep_to_the_bounds(tmp_path: Path) -> None:
+    rules = {"optimizer.lr": {"rule": "constant", "value": 0.004, "maximum": 0.01}}
+    axes = {"optimizer.lr": {"factors": [1, 4]}}
+    assert [p.config.optimizer.lr for p in points(tmp_path, axes=axes, rules=rules, seeds=[1])] == [0.004, 0.01]

@@ -84,6 +84,8 @@ REFUSED = [
     ({"exclude": [{"size": "d32"}, {"size": "d64"}]}, "has no points: exclude leaves none"),
     ({"arms": ["gamma"]}, "arms: gamma is not an axis"),
     ({"budgets": [0]}, "must be FLOPs"),
+    ({"set": {"run.steps": 3}, "axes": {"run.tokens": [1000]}}, "axis run.tokens sets run.tokens, and set run.steps: both are"),
+    ({"rules": {one: {"rule": "constant", "value": 9} for one in ("run.steps", "run.tokens")}}, "both are the length of a run"),
     ({"budgets": [1e9], "set": {"run.steps": 3}}, "budgets and run.steps both set the length"),
     ({"launch": {"processes": 3, "nodes": 2}}, "launch.nodes=2 must divide launch.processes=3"),
     ({"launch": {"procs": 3}}, "must have processes, nodes or time"),
