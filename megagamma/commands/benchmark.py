@@ -1,23 +1,27 @@
-"""Measure speed as ratios: ours and a reference, taken in turns in one process on one machine.
+"""Measure speed as ratios: ours and what a user would pick instead, taken in turns on one machine.
 
-    megagamma benchmark [init] [train] [checkpoint] [convert] [--json FILE]
+    megagamma benchmark [init] [loss] [train] [checkpoint] [convert] [--quick] [--page docs/performance.md] [--json FILE]
 
-train: steps of `configs/model/17m.yaml` (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same
-shape under torch's AdamW, same batches, same threads. init: the counter-based streams against `torch.normal_`.
-checkpoint: saving and loading against plain files. convert: writing Hugging Face weights against copying the checkpoint's
-(`convert --config configs/model/1b.yaml` for another size). It needs the source tree.
+train: steps of several shapes (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same shape under torch's
+AdamW, eager and compiled, in fp32 and bf16; each in a process of its own, same tokens, same threads. init: the counter-based
+streams against `torch.normal_`. loss: against torch's cross-entropy. checkpoint: saving and loading against plain files.
+convert: writing Hugging Face weights against copying the checkpoint's. Further options, such as `--model.hidden_size 512`,
+are for ours in train, and for the model in checkpoint and convert. It needs the source tree.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from megagamma.cli import source_tree
+from megagamma.benchmarks.training import PEERS, build, measure, preset, random_batch
 
 
 def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -30,95 +34,6 @@ def in_turns(first: Callable[[], object], second: Callable[[], object], repeats:
             if round_number:
                 found.append(time.perf_counter() - begin)
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-def preset(name: str) -> str:
-    """Path of a model's config."""
-    return str(source_tree() / "configs" / "model" / f"{name}.yaml")
-
-
-def build(arguments: list[str]) -> tuple[Any, Any]:
-    """(config, engine) of a filled model on this process's CPU, without data."""
-    from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime
-    from megagamma.training.assembly import fresh_engine
-
-    common = ["--data.corpus", "tiny", "--model.vocab_size", "4096", "--run.device", "cpu"]
-    batch = ["--data.global_batch_size", "4", "--data.micro_batch_size", "4"]
-    config = parse_config([*common, *batch, *arguments])
-    engine = fresh_engine(config, Runtime(config))
-    engine.set_learning_rate(1e-4)
-    return config, engine
-
-
-def random_batch(config: Any) -> Any:
-    """One microbatch of random tokens."""
-    import torch
-
-    from megagamma.data.contracts import Batch
-
-    batch, length = config.data.global_batch_size, config.data.sequence_length
-    tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1))
-    positions = torch.arange(length).repeat(batch, 1)
-    return Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), torch.ones(batch, length), positions)
-
-
-def benchmark_train(steps: int, arguments: list[str]) -> dict[str, Any]:
-    """Tokens per second of a training step, ours and Hugging Face's."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from megagamma.model.parameters import logical_parameters
-    from megagamma.planning.flops import flops_per_token, measure_matmul_peak
-
-    shape = ["--config", preset("17m"), "--model.attention_gate", "none", "--model.qk_norm", "false"]
-    config, engine = build([*shape, *arguments])
-    model = config.model
-    torch.manual_seed(0)
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_query_groups,
-            head_dim=model.head_dim,
-            max_position_embeddings=config.data.sequence_length,
-            rms_norm_eps=model.norm_epsilon,
-            tie_word_embeddings=model.tie_embeddings,
-            use_cache=False,
-        )
-    )
-    adam = torch.optim.AdamW(reference.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    ours_batch = random_batch(config)
-    batch, length = ours_batch.tokens.shape
-
-    def ours() -> None:
-        engine.forward_backward([ours_batch])
-        engine.step()
-
-    def theirs() -> None:
-        # The labels are given shifted, so that both models predict the same positions.
-        inputs, labels = ours_batch.tokens, ours_batch.labels
-        out = reference(input_ids=inputs, shift_labels=labels, labels=inputs)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-
-    ours_seconds, theirs_seconds = in_turns(ours, theirs, steps)
-    peak = measure_matmul_peak(engine.dtype)
-    flops = flops_per_token(model, length) * batch * length
-    result = {
-        "parameters": sum(logical.numel for logical in logical_parameters(model)),
-        "ours_tokens_per_second": batch * length / ours_seconds,
-        "llama_tokens_per_second": batch * length / theirs_seconds,
-        "ratio": theirs_seconds / ours_seconds,
-        "ours_share_of_matmul_peak": flops / ours_seconds / peak,
-    }
-    engine.close()
-    return result
 
 
 def benchmark_init(repeats: int) -> dict[str, Any]:
@@ -139,6 +54,38 @@ def benchmark_init(repeats: int) -> dict[str, Any]:
     }
 
 
+def benchmark_loss(repeats: int) -> dict[str, Any]:
+    """Milliseconds of the loss and its gradient on logits of two sizes, ours and torch's."""
+    import torch
+
+    from megagamma.environment import keep_freed_memory
+    from megagamma.model.cross_entropy import cross_entropy
+
+    found: dict[str, Any] = {}
+    for kept in (False, True):
+        # First as the C library does it by itself, then as a run sets it.
+        name = "with_freed_memory_kept" if kept and keep_freed_memory() else "as_the_system_is"
+        for rows, vocabulary in ((4096, 4096), (1024, 50_000)):
+            logits = torch.randn(rows, vocabulary, requires_grad=True)
+            labels = torch.randint(vocabulary, (rows,))
+
+            def differentiate(
+                loss: Callable[..., torch.Tensor], x: torch.Tensor = logits, y: torch.Tensor = labels
+            ) -> None:
+                torch.autograd.grad(loss(x * 1, y).sum(), x)
+
+            def piecewise(x: torch.Tensor, y: torch.Tensor, size: int = vocabulary) -> torch.Tensor:
+                return cross_entropy(x, y, size)
+
+            def whole(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return torch.nn.functional.cross_entropy(x, y, reduction="none")
+
+            ours, theirs = in_turns(partial(differentiate, piecewise), partial(differentiate, whole), repeats)
+            found[f"{rows}x{vocabulary}_{name}_ratio"] = theirs / ours
+            found[f"{rows}x{vocabulary}_{name}_milliseconds"] = ours * 1e3
+    return found
+
+
 def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
     """Rates of saving and loading against plain files of the same bytes; the stall of an asynchronous save."""
     import os
@@ -151,7 +98,7 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
     from megagamma.config.io import as_dict
     from megagamma.distributed.replicas import fingerprint
 
-    config, engine = build(["--config", preset("30m"), *arguments])
+    config, engine = build(["--config", preset("model/30m"), *arguments])
     batch = random_batch(config)
     state = {"config": as_dict(config), "consumed_samples": 0, "seconds": 0.0, "tokenizer": "", "progress": {}}
     with tempfile.TemporaryDirectory(dir=".") as name:
@@ -235,7 +182,7 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
     from megagamma.model.parameters import LogicalParameter, logical_parameters
     from megagamma.planning.flops import parameter_counts
 
-    common = ["--data.corpus", "tiny", "--model.vocab_size", "32000", "--config", preset("30m")]
+    common = ["--data.corpus", "tiny", "--model.vocab_size", "32000", "--config", preset("model/30m")]
     config = parse_config([*common, *arguments])
 
     def draw(logical: LogicalParameter) -> torch.Tensor:
@@ -280,27 +227,47 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the requested benchmarks and print one line each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["init", "train", "checkpoint", "convert"]
+    parser = argparse.ArgumentParser(
+        prog="megagamma benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ["init", "loss", "train", "checkpoint", "convert"]
     parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")
-    parser.add_argument("--repeats", type=int, default=12, help="measured calls of each side (default 12)")
+    parser.add_argument("--repeats", type=int, default=12, help="measured calls or turns of each side (default 12)")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["toy", "demo", "17m"], help="of train: toy, demo, or presets of configs/model"
+    )
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="of train; default: all")
+    parser.add_argument("--quick", action="store_true", help="under three minutes: fewer turns, the two smaller shapes")
+    parser.add_argument("--page", help="write the numbers as a page of docs")
     parser.add_argument("--json", help="write the numbers to this file too")
     args, rest = parser.parse_known_args(arguments)
-    results: dict[str, Any] = {}
-    for which in args.which or names:
+    for which in args.which:
         if which not in names:
             parser.error(f"{which} is not a benchmark: use {', '.join(names)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} must be at least 1")
+    if args.quick:
+        args.repeats, args.shapes = min(args.repeats, 3), args.shapes[:2]
+    from megagamma.benchmarks.page import machine, page
+
+    results: dict[str, Any] = {"machine": machine()}
+    for which in args.which or names:
         if which == "init":
             results[which] = benchmark_init(args.repeats)
+        elif which == "loss":
+            results[which] = benchmark_loss(args.repeats)
         elif which == "train":
-            results[which] = benchmark_train(args.repeats, rest)
+            results[which] = [measure(shape, args.repeats, args.peers, rest) for shape in args.shapes]
         elif which == "convert":
             results[which] = benchmark_convert(max(3, args.repeats // 3), rest)
         else:
             results[which] = benchmark_checkpoint(max(3, args.repeats // 3), rest)
         print(which, json.dumps(results[which]), flush=True)
-    if args.json:
-        from megagamma.files import write_json
+    from megagamma.files import write_json, write_text
 
+    if args.json:
         write_json(args.json, results)
+    if args.page:
+        words = sys.argv[1:] if arguments is None else arguments
+        write_text(args.page, page(shlex.join(["python", "tools/benchmark.py", *words]), results))
     return 0

@@ -221,7 +221,7 @@ class Submission:
             options, variables = self._request(group, file, code)
             say(f"# {file}\n{self.list_text(group)}")
             say(f"{_assignments(variables)} \\\n  sbatch {shlex.join(options)} launch/point.sbatch\n")
-            self.jobs.append({"kind": "points", "group": group.name, "options": options, "variables": variables})
+            self.jobs.append({"kind": "points", "name": group.name, "options": options, "variables": variables})
         for kind, words in self.follow_arguments(code).items():
             options, variables = self._follow_request(kind, code, ["JOBS"], any(group.needs_gpus for group in groups))
             say(

@@ -1,0 +1,1 @@
+"""Measurements of speed against what a user would pick instead."""
