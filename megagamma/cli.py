@@ -7,7 +7,7 @@
 | 2 | the command line, the config, the data or the machine must be fixed: one line on standard error says what |
 | 3 | stopped by the guard: a loss or gradient that is not finite, a spike, unequal results; or the last steps did nothing |
 | 70 | a failure that was not foreseen: one line names the file of its report |
-| 75 | stopped by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGXCPU after saving a checkpoint: start it again to resume |
+| 75 | stopped by a signal (TERM, INT, USR1, HUP, XCPU) after saving, or points are left to others: start it again to resume |
 | 93 | a supervisor gave up: failures without progress, or too many; fix the cause before it is started again |
 | 130 | interrupted (Ctrl-C) |
 """
@@ -28,6 +28,8 @@ from megagamma.crash import without_secrets, write_report
 from megagamma.environment import launcher_rank, let_waiting_threads_sleep
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import advice
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 _LONGEST = 4000  # of a message; unit: characters
 _RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS)

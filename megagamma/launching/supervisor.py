@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megagamma.cli import EXIT_STOPPED
 from megagamma.environment import SlurmJob
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import advice
@@ -35,7 +36,6 @@ from megagamma.runs.folder import RunFolder
 
 # Exit code of a chain of attempts that came no further.
 EXIT_NO_PROGRESS = 93
-EXIT_STOPPED = 75
 
 # Failures in a row without a newer checkpoint after which another attempt would only burn time.
 ROW = 2

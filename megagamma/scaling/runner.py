@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
+from megagamma.cli import EXIT_STOPPED
 from megagamma.environment import cores_of_this_process, visible_gpus
 from megagamma.errors import ConfigurationError
 from megagamma.forked import launch
@@ -34,7 +35,6 @@ from megagamma.scaling.tuning import is_lost, last_loss
 _POLL_SECONDS = 0.2
 _LOCK_SECONDS = 150.0  # a lock is void after 120
 _TAIL = 1 << 16  # bytes of a point's log that an error is looked for in
-EXIT_STOPPED = 75
 
 
 @dataclass

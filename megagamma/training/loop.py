@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, NoReturn
 
+from megagamma.cli import EXIT_STOPPED
 from megagamma.data.contracts import Batch, rank_microbatches
 from megagamma.data.schedule import batch_size
 from megagamma.distributed.replay import replay
@@ -13,9 +14,6 @@ from megagamma.reporting.log import duration
 from megagamma.training.callbacks.base import Callback, Step
 from megagamma.training.schedule import learning_rate
 from megagamma.training.setup import Session
-
-# Exit code of a run that a signal stopped after it saved: start it again to resume (EX_TEMPFAIL of sysexits.h).
-EXIT_STOPPED = 75
 
 
 class Trainer:
