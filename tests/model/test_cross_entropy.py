@@ -24,7 +24,7 @@ def ours(logits: Tensor, labels: Tensor, weights: Tensor, vocab_size: int) -> tu
 
 @pytest.mark.parametrize(
     ("rows", "vocab_size", "padded"),
-    [(7, 2, 2), (300, 512, 640), (40, 50_000, 50_048), (3, CPU_PIECE + 5, CPU_PIECE + 5)],
+    [(7, 2, 2), (300, 512, 640), (200, 50_000, 50_048), (2, CPU_PIECE + 5, CPU_PIECE + 5)],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
 def test_equals_torch(rows: int, vocab_size: int, padded: int, dtype: torch.dtype, tolerance: float) -> None:
