@@ -65,24 +65,28 @@ def fingerprint(command: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def errors_in(log: Path, most: int, start: int = 0) -> list[str]:
+    """Lines of a log that begin with `error: `; none where it cannot be read.
+
+    Args:
+        most: bytes that are read, from the end.
+        start: bytes that belong to an earlier attempt.
+    """
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(start, log.stat().st_size - most))
+        lines = file.read().decode("utf-8", errors="replace").splitlines()
+        return [line for line in lines if line.startswith("error: ")]
+    return []
+
+
 def blames_a_peer(lines: Sequence[str]) -> bool:
-    """Whether every error in these lines of logs says that another rank went away."""
-    said = [line for line in lines if line.startswith("error: ")]
-    return bool(said) and all(_LOST_PEER in line for line in said)
+    """Whether there are errors, of `errors_in`, and each says that another rank went away."""
+    return bool(lines) and all(_LOST_PEER in line for line in lines)
 
 
 def is_lost_peer(logs: Path) -> bool:
     """Whether all that the ranks of an attempt complain of is that another one went away, as when a network was cut."""
-    complaints = []
-    for log in sorted(logs.glob("*.log")):
-        try:
-            with open(log, "rb") as file:
-                file.seek(max(0, log.stat().st_size - _TAIL))
-                lines = file.read().decode("utf-8", errors="replace").splitlines()
-        except OSError:
-            continue
-        complaints += [line for line in lines if line.startswith(("error: ", "srun: error: "))]
-    return blames_a_peer(complaints)
+    return blames_a_peer([line for log in sorted(logs.glob("*.log")) for line in errors_in(log, _TAIL)])
 
 
 def kind_of(code: int, stop: str | None, logs: Path) -> Kind:

@@ -8,7 +8,6 @@ resumes what was stopped, and skips what is finished.
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 import signal
 import statistics
@@ -25,7 +24,7 @@ from megagamma.cli import EXIT_STOPPED
 from megagamma.environment import cores_of_this_process, visible_gpus
 from megagamma.errors import ConfigurationError
 from megagamma.forked import launch
-from megagamma.launching.attempts import blames_a_peer
+from megagamma.launching.attempts import blames_a_peer, errors_in
 from megagamma.reporting.log import duration
 from megagamma.runs.folder import RunFolder
 from megagamma.scaling.folder import KINDS, PointState, SweepFolder, is_running, note_end, note_start, read_state
@@ -227,7 +226,7 @@ class Runner:
         elif kind == "done" and read_state(state.point, state.hash, state.folder, self.retries).status != "done":
             kind, problem = "failed", "ended with exit code 0 before its last step"
         elif kind not in ("done", "stopped"):
-            errors = self._errors(one)
+            errors = errors_in(self.folder.logs / f"{state.point.name}.log", _TAIL, one.log_size)
             if kind == "refused" and blames_a_peer(errors):
                 kind = "failed"
             problem = errors[-1].removeprefix("error:").strip()[:400] if errors and code > 0 else _ending(code)
@@ -254,14 +253,6 @@ class Runner:
             "given up" if state.status == "given up" else f"will be tried again ({state.failures} of {self.retries})"
         )
         return f"failed {where}, {again}: {state.problem}"
-
-    def _errors(self, one: _Running) -> list[str]:
-        """The errors that a point has printed since it was started; those of the end, where it printed much."""
-        with contextlib.suppress(OSError), open(self.folder.logs / f"{one.state.point.name}.log", "rb") as file:
-            file.seek(max(one.log_size, os.fstat(file.fileno()).st_size - _TAIL))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-            return [line for line in lines if line.startswith("error: ")]
-        return []
 
     # -- all points ----------------------------------------------------------------------------------------------
 
