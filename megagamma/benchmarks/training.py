@@ -8,7 +8,6 @@ OpenMP settings that it has in use; taking turns gives all the same share of a n
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -135,9 +134,11 @@ def _peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Ca
 
 
 def _work(connection: Connection, name: str, arguments: Sequence[str]) -> None:
-    import torch
+    from megagamma.environment import choose_threads, let_waiting_threads_sleep
 
-    from megagamma.environment import choose_threads
+    if name == OURS:
+        let_waiting_threads_sleep()  # as a run does, before torch is imported
+    import torch
 
     torch.set_num_threads(choose_threads(0, 1))
     begin = time.perf_counter()
@@ -170,17 +171,12 @@ def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] 
     arguments = [*shape_arguments(shape), *plain]
     start = multiprocessing.get_context("spawn")
     ends, processes = {}, []
-    before = os.environ.get("OMP_WAIT_POLICY")
     for name in (OURS, *peers):
         ours, theirs = start.Pipe()
         process = start.Process(
             target=_work, args=(theirs, name, [*arguments, *extra] if name == OURS else arguments), daemon=True
         )
-        if name == OURS and before is None:
-            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as a run has it
         process.start()
-        if before is None:
-            os.environ.pop("OMP_WAIT_POLICY", None)
         theirs.close()
         ends[name] = ours
         processes.append(process)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megagamma.benchmarks.training import PEERS, build, measure, preset, random_batch
+from megagamma.benchmarks.training import PEERS, build, measure, preset, random_batch, shape_arguments
 
 
 def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -250,6 +250,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.repeats, args.shapes = min(args.repeats, 3), args.shapes[:2]
     from megagamma.benchmarks.page import machine, page
 
+    for shape in args.shapes:
+        shape_arguments(shape)  # refuses where the source tree is missing, before anything is measured
     results: dict[str, Any] = {"machine": machine()}
     for which in args.which or names:
         if which == "init":
