@@ -5,6 +5,7 @@ import pytest
 from megagamma.benchmarks.page import machine, page
 from megagamma.benchmarks.training import OURS, PEERS, measure, shape_arguments
 from megagamma.commands import benchmark
+from megagamma.errors import MegagammaError
 
 
 @pytest.mark.launcher
@@ -32,3 +33,9 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_shapes() -> None:
     assert shape_arguments("17m")[1].endswith("configs/model/17m.yaml")
     assert shape_arguments("demo")[1].endswith("configs/demo.yaml")
+    assert shape_arguments("17m-gated") == shape_arguments("17m")[:2]
+
+
+def test_a_contender_that_ends_is_named() -> None:
+    with pytest.raises(MegagammaError, match="benchmark: megagamma ended with exit code 1"):
+        measure("toy", 1, [], ["--optimizer.lr=-1"])

@@ -74,9 +74,9 @@ def page(command: str, results: Mapping[str, Any]) -> str:
     if "train" in results:
         lines += [
             "## Training", "",
-            "A step: forward, backward, clipping, AdamW. The model is Llama's, without gate and q/k-norm, so that transformers",
-            "has it too; the best peer is in bold. `start` is until the third step, compilation included: a compiled peer pays",
-            "it in every new process.", "",
+            "A step: forward, backward, clipping, AdamW. transformers' class is the one that the model exports to:",
+            "LlamaForCausalLM, or Qwen3_5ForCausalLM for the shapes named gated (gate, q/k-norm). The best peer is in bold.",
+            "`start` is until the third step, compilation included: a compiled peer pays it in every new process.", "",
             training_table(results["train"]), "",
         ]  # fmt: skip
     for name in ("init", "loss", "checkpoint", "convert"):

@@ -1,19 +1,16 @@
-"""Training steps of ours and of transformers, each in a process of its own, in turns.
+"""Training steps of ours and of transformers.
 
-The peers are Hugging Face's LlamaForCausalLM of the same shape under torch's fused AdamW with clipping: eager and compiled,
-in fp32 and under bf16 autocast. All get the same tokens and threads. A process of its own gives each the allocator and the
-OpenMP settings that it has in use; taking turns gives all the same share of a noisy machine.
+The peers are the class of transformers that our model exports to (LlamaForCausalLM; with gate and q/k-norm
+Qwen3_5ForCausalLM), of the same shape, under torch's fused AdamW with clipping: eager and compiled, in fp32 and under bf16
+autocast. All get the same tokens and threads.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from typing import Any
 
+from megagamma.benchmarks.contenders import Contender, Step, in_turns, speeds
 from megagamma.cli import source_tree
 
 PEERS = {
@@ -24,13 +21,16 @@ PEERS = {
 }
 """(compiled, bf16 autocast) of each."""
 OURS = "megagamma"
+GATED = "-gated"
+"""End of the name of a shape with gate and q/k-norm."""
 # A model of 100,000 weights, as toys are: what a step costs there is Python and launches.
 _TOY = {
     "model.hidden_size": 64, "model.num_layers": 2, "model.num_attention_heads": 4, "model.head_dim": 16,
     "model.ffn_hidden_size": 128, "model.vocab_size": 128, "data.sequence_length": 32,
     "data.global_batch_size": 32, "data.micro_batch_size": 32,
 }  # fmt: skip
-_WARM_UP = 3  # steps; the first compiles
+# Of ours and of the peers.
+_COMMON = ["--data.global_batch_size=4", "--data.micro_batch_size=4", "--data.corpus=tiny", "--model.vocab_size=4096"]
 
 
 def preset(name: str) -> str:
@@ -39,12 +39,15 @@ def preset(name: str) -> str:
 
 
 def shape_arguments(shape: str) -> list[str]:
-    """Options of a shape: `toy`, `demo` (configs/demo.yaml), or a preset of configs/model, with 4 sequences a step."""
-    if shape == "toy":
-        return [f"--{name}={value}" for name, value in _TOY.items()]
-    if shape == "demo":
-        return ["--config", preset("demo")]
-    return ["--config", preset(f"model/{shape}")]
+    """Options of a shape: `toy`, `demo` (configs/demo.yaml), or a preset of configs/model, with 4 sequences a step.
+
+    Its name may end in `-gated`; without that it has neither gate nor q/k-norm, as Llama.
+    """
+    name = shape.removesuffix(GATED)
+    recipe = [] if shape.endswith(GATED) else ["--model.attention_gate=none", "--model.qk_norm=false"]
+    if name == "toy":
+        return [*(f"--{option}={value}" for option, value in _TOY.items()), *recipe]
+    return ["--config", preset("demo" if name == "demo" else f"model/{name}"), *recipe]
 
 
 def build(arguments: Sequence[str]) -> tuple[Any, Any]:
@@ -53,9 +56,7 @@ def build(arguments: Sequence[str]) -> tuple[Any, Any]:
     from megagamma.distributed.runtime import Runtime
     from megagamma.training.assembly import fresh_engine
 
-    common = ["--data.corpus", "tiny", "--model.vocab_size", "4096", "--run.device", "cpu"]
-    batch = ["--data.global_batch_size", "4", "--data.micro_batch_size", "4"]
-    config = parse_config([*batch, *common, *arguments])
+    config = parse_config([*_COMMON, "--run.device=cpu", *arguments])
     engine = fresh_engine(config, Runtime(config))
     engine.set_learning_rate(1e-4)
     return config, engine
@@ -67,13 +68,14 @@ def random_batch(config: Any) -> Any:
 
     from megagamma.data.contracts import Batch
 
-    batch, length = config.data.global_batch_size, config.data.sequence_length
+    batch, length = config.data.micro_batch_size, config.data.sequence_length
     tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1))
     positions = torch.arange(length).repeat(batch, 1)
     return Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), torch.ones(batch, length), positions)
 
 
-def _our_step(arguments: Sequence[str]) -> tuple[Callable[[], None], dict[str, Any]]:
+def our_step(arguments: Sequence[str]) -> tuple[Step, dict[str, Any]]:
+    """A step of ours, and facts of the model."""
     from megagamma.environment import keep_freed_memory
     from megagamma.model.parameters import logical_parameters
     from megagamma.planning.flops import flops_per_token, measure_matmul_peak
@@ -97,28 +99,21 @@ def _our_step(arguments: Sequence[str]) -> tuple[Callable[[], None], dict[str, A
     }
 
 
-def _peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Callable[[], None], dict[str, Any]]:
+def peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Step, dict[str, Any]]:
+    """A step of transformers' model; facts: the name of its class."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from megagamma.config.io import parse_config
+    from megagamma.huggingface.formats import choose_format, export_config
 
-    config = parse_config(
-        ["--data.global_batch_size", "4", "--data.corpus", "tiny", "--model.vocab_size", "4096", *arguments]
-    )
-    model: Any = config.model
-    length = config.data.sequence_length
+    config = parse_config([*_COMMON, *arguments])
+    target = choose_format(config.model)
+    values = export_config(config, target, torch.float32, {}, {}) | {"use_cache": False}
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=model.vocab_size, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
-            num_hidden_layers=model.num_layers, num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_query_groups, head_dim=model.head_dim, max_position_embeddings=length,
-            rms_norm_eps=model.norm_epsilon, tie_word_embeddings=model.tie_embeddings, use_cache=False,
-        )
-    )  # fmt: skip
-    adam = torch.optim.AdamW(llama.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward = torch.compile(llama) if compiled else llama
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    forward = torch.compile(model) if compiled else model
     batch = random_batch(config)
 
     def step() -> None:
@@ -126,33 +121,11 @@ def _peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Ca
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             out = forward(input_ids=batch.tokens, shift_labels=batch.labels, labels=batch.tokens)
         out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         adam.zero_grad()
 
-    return step, {}
-
-
-def _work(connection: Connection, name: str, arguments: Sequence[str]) -> None:
-    from megagamma.environment import choose_threads, let_waiting_threads_sleep
-
-    if name == OURS:
-        let_waiting_threads_sleep()  # as a run does, before torch is imported
-    import torch
-
-    torch.set_num_threads(choose_threads(0, 1))
-    begin = time.perf_counter()
-    step, facts = _our_step(arguments) if name == OURS else _peer_step(arguments, *PEERS[name])
-    for _ in range(_WARM_UP):
-        step()
-    connection.send({**facts, "start_seconds": time.perf_counter() - begin})
-    while (count := connection.recv()) is not None:
-        seconds = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begin)
-        connection.send(seconds)
+    return step, {"class": target.architecture}
 
 
 def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -160,58 +133,30 @@ def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] 
 
     Args:
         shape: see `shape_arguments`.
-        rounds: turns of each contender, of about half a second.
+        rounds: turns of each contender.
         peers: names of `PEERS`.
         extra: options of ours alone.
+
+    Raises:
+        MegagammaError: a contender ended by itself.
 
     Returns:
         Facts of the model, and by contender the median and the tenth and ninetieth percentile of tokens per second.
     """
-    plain = ["--model.attention_gate", "none", "--model.qk_norm", "false"]
-    arguments = [*shape_arguments(shape), *plain]
-    start = multiprocessing.get_context("spawn")
-    ends, processes = {}, []
-    for name in (OURS, *peers):
-        ours, theirs = start.Pipe()
-        process = start.Process(
-            target=_work, args=(theirs, name, [*arguments, *extra] if name == OURS else arguments), daemon=True
-        )
-        process.start()
-        theirs.close()
-        ends[name] = ours
-        processes.append(process)
-        if name == OURS:
-            facts = ours.recv()
-            started = {name: facts.pop("start_seconds")}
-        else:
-            started[name] = ours.recv()["start_seconds"]
-    times: dict[str, list[float]] = {name: [] for name in ends}
-    counts: dict[str, int] = {}
-    for number in range(rounds + 1):
-        for name, end in ends.items():
-            end.send(counts.get(name, 1))
-            seconds = end.recv()
-            if number:
-                times[name] += seconds
-            else:
-                counts[name] = max(1, min(50, round(0.5 / seconds[0])))
-    for end, process in zip(ends.values(), processes, strict=True):
-        end.send(None)
-        process.join()
-    speeds = {name: sorted(facts["tokens"] / value for value in values) for name, values in times.items()}
-    contenders = {
-        name: {
-            "tokens_per_second": statistics.median(values),
-            "low": values[len(values) // 10],
-            "high": values[-1 - len(values) // 10],
-            "start_seconds": started[name],
-        }
-        for name, values in speeds.items()
-    }
-    best = max(peers, key=lambda name: contenders[name]["tokens_per_second"], default=None)
-    rate = contenders[OURS]["tokens_per_second"]
+    arguments = shape_arguments(shape)
+    ours = Contender(OURS, our_step, [*arguments, *extra], sleeping_threads=True)
+    contenders = [ours, *(Contender(name, peer_step, arguments, *PEERS[name]) for name in peers)]
+    facts = dict(ours.facts)
+    found = speeds(in_turns(contenders, rounds), facts["tokens"])
+    for contender in contenders:
+        found[contender.name]["start_seconds"] = contender.facts["start_seconds"]
+        contender.close()
+    del facts["start_seconds"]
+    best = max(peers, key=lambda name: found[name]["tokens_per_second"], default=None)
+    rate = found[OURS]["tokens_per_second"]
     return {
-        "shape": shape, **facts, "contenders": contenders, "best_peer": best,
-        "ratio": rate / contenders[best]["tokens_per_second"] if best else None,
+        "shape": shape, **facts, "contenders": found, "best_peer": best,
+        "peer_class": contenders[-1].facts.get("class"),
+        "ratio": rate / found[best]["tokens_per_second"] if best else None,
         "share_of_matmul_peak": facts["flops"] / facts["tokens"] * rate / facts["matmul_peak"],
     }  # fmt: skip

@@ -2,8 +2,9 @@
 
     megagamma benchmark [init] [loss] [train] [checkpoint] [convert] [--quick] [--page docs/performance.md] [--json FILE]
 
-train: steps of several shapes (no gate, no q/k-norm) against Hugging Face's LlamaForCausalLM of the same shape under torch's
-AdamW, eager and compiled, in fp32 and bf16; each in a process of its own, same tokens, same threads. init: the counter-based
+train: steps of several shapes against the class of transformers that the model exports to, under torch's AdamW, eager and
+compiled, in fp32 and bf16; each in a process of its own, same tokens, same threads. A shape's name may end in -gated: with
+gate and q/k-norm, against Qwen3_5ForCausalLM; else without both, against LlamaForCausalLM. init: the counter-based
 streams against `torch.normal_`. loss: against torch's cross-entropy. checkpoint: saving and loading against plain files.
 convert: writing Hugging Face weights against copying the checkpoint's. Further options, such as `--model.hidden_size 512`,
 are for ours in train, and for the model in checkpoint and convert. It needs the source tree.
