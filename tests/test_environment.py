@@ -251,14 +251,18 @@ def test_system_without_control_groups(tmp_path: Path) -> None:
 
 
 def test_waiting_threads_sleep_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    let_waiting_threads_sleep()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    for name, value in (("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "10"), ("KMP_BLOCKTIME", "1")):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        monkeypatch.setenv(name, value)
-        let_waiting_threads_sleep()
-        assert os.environ.get("OMP_WAIT_POLICY") == ("ACTIVE" if name == "OMP_WAIT_POLICY" else None)
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
         monkeypatch.delenv(name)
+    let_waiting_threads_sleep()
+    assert [os.environ.get(name) for name in names] == [None, "5000", "1"]
+    for chosen in names:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(chosen, "7")
+        let_waiting_threads_sleep()
+        assert [name for name in names if name in os.environ] == [chosen] and os.environ[chosen] == "7"
 
 
 def test_freed_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +302,7 @@ def test_training_threads_sleep_while_they_wait(root: Path) -> None:
         from megagamma.cli import main_guard
         def main():
             if sys.argv[1] == "spin":
-                os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+                os.environ["GOMP_SPINCOUNT"], os.environ["KMP_BLOCKTIME"] = "infinite", "infinite"
             import torch
             torch.set_num_threads(2)
             torch.ones(1 << 20).add_(1)  # starts the second thread, which waits for work from then on

@@ -10,11 +10,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from megagamma.model.attention_core import causal_attention, scaled_dot_product
+from megagamma.model.norm import RMSNorm
+from megagamma.model.regions import Region
 from megagamma.model.rotary import rotate
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Causal attention by `torch.nn.functional.scaled_dot_product_attention`: flash attention where torch has it.
+    """Causal attention without projections, see `megagamma.model.attention_core`.
 
     It takes and returns Megatron's shapes: q [s, b, heads, head_dim], k and v [s, b, groups, head_dim] ->
     [s, b, heads * head_dim], heads and groups those of this rank.
@@ -27,17 +30,9 @@ class SDPACoreAttention(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """attention_mask: None for plain causal attention, else [b, 1, s, s], True where attention is forbidden."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        if attention_mask is None:
+            return causal_attention(query, key, value, self.softmax_scale)
+        return scaled_dot_product(query, key, value, attention_mask, self.softmax_scale)
 
 
 class _Split(torch.autograd.Function):
@@ -89,11 +84,19 @@ class RotaryAttention(SelfAttention):
         sizes = [wide, wide, width, width] if output_gate else [wide, width, width]
         query, *gate, key, value = _Split.apply(fused.view(*fused.shape[:2], groups, sum(sizes)), sizes)
         query = query.reshape(*query.shape[:2], -1, width)
-        if self.q_layernorm is not None:
-            query = self.q_layernorm(query)
-        if self.k_layernorm is not None:
-            key = self.k_layernorm(key)
+        if isinstance(self.q_layernorm, RMSNorm):
+            return self.q_layernorm(query, self._table), self.k_layernorm(key, self._table), value, *gate
+        if self.q_layernorm is not None:  # Transformer Engine's
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
         return rotate(query, self._table), rotate(key, self._table), value, *gate
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    heads = x.view(*gate.shape, -1)
+    return (heads * torch.sigmoid(gate.float()).to(x.dtype).unsqueeze(-1)).view(x.shape)
+
+
+_gate = Region(_gated, _gated)
 
 
 class ElementwiseGatedAttention(RotaryAttention):
@@ -103,7 +106,7 @@ class ElementwiseGatedAttention(RotaryAttention):
     """
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        return x * torch.sigmoid(gate.reshape(x.shape).float()).to(x.dtype)
+        return _gate(x, gate.reshape(x.shape))  # type: ignore[no-any-return]
 
 
 class HeadwiseGatedAttention(RotaryAttention):
@@ -137,5 +140,4 @@ class HeadwiseGatedAttention(RotaryAttention):
         return query, key, value, gate
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
-        heads = x.view(*gate.shape, -1)
-        return (heads * torch.sigmoid(gate.float()).to(x.dtype).unsqueeze(-1)).view(x.shape)
+        return _gate(x, gate)  # type: ignore[no-any-return]

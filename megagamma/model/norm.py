@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagamma.model.regions import Region
+from megagamma.model.rotary import rotate, rotated
+
 
 class _RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm with a backward pass of its own; torch's has no fused kernel on a CPU and makes twice the passes.
@@ -34,6 +37,25 @@ class _RMSNormOnCPU(torch.autograd.Function):
         return to_x.to(gradients[0].dtype), to_weight.to(weight.dtype), None
 
 
+def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return (wide * inverse * weight.float()).to(x.dtype)
+
+
+def _eager(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    if x.device.type == "cpu":
+        return _RMSNormOnCPU.apply(x, weight, epsilon)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+
+
+_norm = Region(_eager, _normed)
+_norm_and_rotate = Region(
+    lambda x, weight, epsilon, table: rotate(_eager(x, weight, epsilon), table),
+    lambda x, weight, epsilon, table: rotated(_normed(x, weight, epsilon), table),
+)
+
+
 class RMSNorm(torch.nn.Module):
     """y = weight * x / sqrt(mean(x^2) + epsilon), over the last axis.
 
@@ -52,11 +74,16 @@ class RMSNorm(torch.nn.Module):
         # Under sequence parallelism each tensor-parallel rank norms other tokens: the gradients must be summed.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size], any float dtype; returns the same shape and dtype."""
-        if x.device.type == "cpu":
-            return _RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """Norm, and rotate when there is a table (see `rotate`).
+
+        Args:
+            x: [..., hidden_size], any float dtype; returns the same shape and dtype.
+        """
+        y: Tensor = (
+            _norm(x, self.weight, self.eps) if table is None else _norm_and_rotate(x, self.weight, self.eps, table)
+        )
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps:g}"

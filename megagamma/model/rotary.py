@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagamma.model.regions import Region
+
 
 class _Rotate(torch.autograd.Function):
     """x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin, with x1 and x2 the halves of the last axis."""
@@ -35,6 +37,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def rotated(x: Tensor, table: Tensor) -> Tensor:
+    """`rotate` as a formula."""
+    (x1, x2), (cos, sin) = x.chunk(2, dim=-1), table
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+_rotation = Region(lambda x, table: _Rotate.apply(x, table[0], table[1]), rotated)
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate queries or keys to their positions.
 
@@ -42,8 +53,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         x: [s, b, heads, head_dim].
         table: from `RotaryTable`, [2, s, 1 or b, 1, head_dim / 2].
     """
-    rotated: Tensor = _Rotate.apply(x, table[0], table[1])
-    return rotated
+    y: Tensor = _rotation(x, table)
+    return y
 
 
 class RotaryTable(torch.nn.Module):

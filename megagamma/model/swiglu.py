@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
+from megagamma.model.regions import Region
+
 
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up, whose gradients for both halves go into one tensor, without a concatenation."""
@@ -31,6 +33,14 @@ class _SwiGLU(torch.autograd.Function):
         return gradient
 
 
+def _formula(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+_swiglu = Region(_SwiGLU.apply, _formula)
+
+
 class SwiGLUMLP(MLP):
     """Megatron's MLP of two parallel linear layers, with the gated activation between them replaced."""
 
@@ -42,4 +52,4 @@ class SwiGLUMLP(MLP):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden_size] -> ([s, b, hidden_size], None); there are no biases."""
         fused, _bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(_SwiGLU.apply(fused))
+        return self.linear_fc2(_swiglu(fused))

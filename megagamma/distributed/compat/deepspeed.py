@@ -45,7 +45,52 @@ def initialize(deepspeed: Any, **arguments: Any) -> Any:
     bf16_optimizer.get_global_norm_of_tensors = _exact_norm_of_tensors
     with _without_prints():
         engine, *_ = deepspeed.initialize(**arguments)
+    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
+        _spare_passes_over_gradients(engine, engine.optimizer)
     return engine
+
+
+def _spare_passes_over_gradients(engine: Any, optimizer: Any) -> None:
+    """Leave out what BF16_Optimizer does with fp32 gradients to no effect.
+
+    It clears them after a step and then adds the first microbatch's; here that one overwrites them. And on one data-parallel
+    rank it copies all of them into one buffer and back, to average them with nobody's.
+    """
+    fresh = optimizer.fp32_groups_has_gradients
+    step = optimizer.step
+
+    @torch.no_grad()
+    def take(weight: Any, group: int, number: int, clear_lp_grads: bool) -> None:
+        if weight.grad is None:
+            return
+        sum_so_far = optimizer.fp32_groups_gradients[group][number]
+        gradient = weight.grad.view(sum_so_far.shape)
+        if fresh[group][number]:
+            sum_so_far.add_(gradient)
+        else:
+            sum_so_far.copy_(gradient)
+        weight._hp_grad = sum_so_far
+        fresh[group][number] = True
+        if clear_lp_grads:
+            weight.grad.zero_()
+
+    def clear() -> None:
+        for flags in fresh:
+            flags[:] = [False] * len(flags)
+
+    def zero_what_got_none() -> None:
+        for flags, gradients in zip(fresh, optimizer.fp32_groups_gradients, strict=True):
+            for has_one, gradient in zip(flags, gradients, strict=True):
+                if not has_one:
+                    gradient.zero_()
+
+    def step_without_leftovers(closure: Any = None) -> None:
+        zero_what_got_none()
+        step(closure)
+
+    optimizer._update_hp_grad, optimizer.clear_hp_grads, optimizer.step = take, clear, step_without_leftovers
+    if dist.get_world_size(optimizer.dp_process_group) == 1:
+        engine.enable_backward_allreduce = False
 
 
 def _exact_norm_of_tensors(

@@ -1,0 +1,37 @@
+"""What lies between a model's matrix products: torch's own kernels, or compiled into one kernel each way.
+
+Only these regions are compiled. Around them the layers, the parallel linear layers, DeepSpeed's hooks and recomputation stay
+as they are, and one compiled region serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_compiled = False
+
+
+def compile_regions(on: bool) -> None:
+    """Choose for this process whether regions are compiled, each when it is first called."""
+    global _compiled
+    _compiled = on
+
+
+class Region:
+    """A function of tensors in two forms that differ in rounding only."""
+
+    def __init__(self, eager: Callable[..., Any], formula: Callable[..., Any]) -> None:
+        """Args: eager: for torch as it is; formula: what the compiler is given, derivative included."""
+        self.eager, self.formula = eager, formula
+        self._kernel: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        # Without gradients, lengths change from call to call, and each would be compiled anew.
+        if not (_compiled and torch.is_grad_enabled()):
+            return self.eager(*arguments)
+        if self._kernel is None:
+            self._kernel = torch.compile(self.formula, dynamic=False)
+        return self._kernel(*arguments)
