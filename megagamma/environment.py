@@ -15,6 +15,9 @@ from pathlib import Path
 
 from megagamma.errors import ConfigurationError
 
+FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Flags of CPUs, of x86 and Arm, with instructions for products of bf16 numbers."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -297,6 +300,21 @@ def _quota_in(folder: Path) -> float | None:
         return int(quota) / int(period) if quota not in ("max", "-1") else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Instruction sets of this CPU, as Linux names them on x86 (flags) and Arm (Features); empty where it does not say."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set()
+    words = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return set(next(words, []))
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 numbers."""
+    return not cpu_flags().isdisjoint(FAST_BF16)
 
 
 def cores_of_this_process() -> int:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.benchmarks.training import OURS
-from megagamma.environment import cores_of_this_process
+from megagamma.environment import FAST_BF16, cores_of_this_process, cpu_flags
 
-_FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")  # flags of x86 and Arm
 _PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed")
 
 
@@ -22,12 +21,12 @@ def machine() -> dict[str, Any]:
     except OSError:
         lines = []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    flags = cpu_flags()
     return {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": cores_of_this_process(),
         "avx512": "avx512f" in flags,
-        "bf16": [flag for flag in _FAST_BF16 if flag in flags],
+        "bf16": [flag for flag in FAST_BF16 if flag in flags],
         "versions": {name: version(name) for name in _PACKAGES},
     }
 

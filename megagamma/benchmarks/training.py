@@ -30,7 +30,13 @@ _TOY = {
     "data.global_batch_size": 32, "data.micro_batch_size": 32,
 }  # fmt: skip
 # Of ours and of the peers.
-_COMMON = ["--data.global_batch_size=4", "--data.micro_batch_size=4", "--data.corpus=tiny", "--model.vocab_size=4096"]
+_COMMON = [
+    "--run.steps=20000",
+    "--data.global_batch_size=4",
+    "--data.micro_batch_size=4",
+    "--data.corpus=tiny",
+    "--model.vocab_size=4096",
+]
 
 
 def preset(name: str) -> str:

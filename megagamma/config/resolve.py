@@ -19,6 +19,7 @@ from megagamma.config.rules import (
     divisors,
 )
 from megagamma.config.schema import Config, resolve_model
+from megagamma.environment import has_fast_bf16
 from megagamma.errors import ConfigurationError
 
 DEFAULT_STEPS = 1000
@@ -48,15 +49,15 @@ def resolve(config: Config) -> Config:
 def planned_dtype(config: Config, data_parallel_size: int, device: Literal["cpu", "cuda"]) -> Literal["fp32", "bf16"]:
     """`precision.dtype` of a run, with `auto` decided.
 
-    auto is fp32 on a CPU and bf16 on a GPU, but fp32 there too under a DeepSpeed file with ZeRO 0, which keeps no fp32
-    master weights.
+    auto is bf16 on a GPU and on a CPU that has instructions for it, but fp32 under a DeepSpeed file with ZeRO 0, which keeps
+    no fp32 master weights. Of a CPU it is a plan: a run measures, and may take fp32.
 
     Raises:
         ConfigurationError: DeepSpeed's file is missing or not usable.
     """
     if config.precision.dtype != "auto":
         return config.precision.dtype
-    if device == "cpu":
+    if device == "cpu" and not has_fast_bf16():
         return "fp32"
     return "bf16" if zero_stage(deepspeed_values(config, data_parallel_size, bf16=True)) else "fp32"
 

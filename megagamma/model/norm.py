@@ -49,7 +49,7 @@ def _eager(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
-_norm = Region(_eager, _normed)
+NORM = Region(_eager, _normed)
 _norm_and_rotate = Region(
     lambda x, weight, epsilon, table: rotate(_eager(x, weight, epsilon), table),
     lambda x, weight, epsilon, table: rotated(_normed(x, weight, epsilon), table),
@@ -81,7 +81,7 @@ class RMSNorm(torch.nn.Module):
             x: [..., hidden_size], any float dtype; returns the same shape and dtype.
         """
         y: Tensor = (
-            _norm(x, self.weight, self.eps) if table is None else _norm_and_rotate(x, self.weight, self.eps, table)
+            NORM(x, self.weight, self.eps) if table is None else _norm_and_rotate(x, self.weight, self.eps, table)
         )
         return y
 

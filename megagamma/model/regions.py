@@ -6,6 +6,7 @@ as they are, and one compiled region serves all layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +27,15 @@ class Region:
     def __init__(self, eager: Callable[..., Any], formula: Callable[..., Any]) -> None:
         """Args: eager: for torch as it is; formula: what the compiler is given, derivative included."""
         self.eager, self.formula = eager, formula
-        self._kernel: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         # Without gradients, lengths change from call to call, and each would be compiled anew.
         if not (_compiled and torch.is_grad_enabled()):
             return self.eager(*arguments)
-        if self._kernel is None:
-            self._kernel = torch.compile(self.formula, dynamic=False)
-        return self._kernel(*arguments)
+        return self.kernel(*arguments)
+
+    @functools.cached_property
+    def kernel(self) -> Callable[..., Any]:
+        """The formula, compiled for each set of shapes when it is first called with them."""
+        compiled: Callable[..., Any] = torch.compile(self.formula, dynamic=False)
+        return compiled

@@ -38,7 +38,7 @@ def _formula(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-_swiglu = Region(_SwiGLU.apply, _formula)
+SWIGLU = Region(_SwiGLU.apply, _formula)
 
 
 class SwiGLUMLP(MLP):
@@ -52,4 +52,4 @@ class SwiGLUMLP(MLP):
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden_size] -> ([s, b, hidden_size], None); there are no biases."""
         fused, _bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(_swiglu(fused))
+        return self.linear_fc2(SWIGLU(fused))

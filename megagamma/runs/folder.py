@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megagamma.config.schema import Config, RunConfig
-from megagamma.errors import CheckpointError, ConfigurationError, DataError
+from megagamma.errors import CheckpointError, ConfigurationError, DataError, MegagammaError
 from megagamma.files import JsonLines, copy_file, first_free, read_json, require_writable, write_json
 from megagamma.owned import require_place
 from megagamma.reading import Unreadable
@@ -245,6 +245,14 @@ class RunFolder:
             MegagammaError: it is missing, as in runs of earlier versions, or cannot be read.
         """
         return read_json(self.resolved_file)
+
+    def chosen(self) -> dict[str, Any]:
+        """What the run chose where an option is `auto`; what it does not say is left out."""
+        try:
+            values = self.read_resolved()
+        except MegagammaError:
+            return {}
+        return {key: values[key] for key in ("dtype", "compiled") if key in values}
 
     def write_resolved(self, values: dict[str, Any]) -> None:
         """Write what the config became: plain JSON values."""

@@ -40,7 +40,8 @@ from megagamma.reporting.log import Reporter
 from megagamma.runs.folder import RunFolder, check_folder, checkpoint_folders
 from megagamma.runs.lock import RunLock
 from megagamma.runs.provenance import installed_versions, provenance
-from megagamma.training.assembly import build, choose_dtype
+from megagamma.training.assembly import build
+from megagamma.training.choices import Choices, choose
 from megagamma.training.optimizer import describe_groups, parameter_groups
 
 
@@ -249,13 +250,14 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
     if config.model.vocab_size is None:
         config.model.vocab_size = data.vocab_size
     check_fits(config, runtime.size)  # again, now that the vocabulary is known
-    dtype, warning = choose_dtype(config, runtime.data_size, runtime.device)
     resume = _find_resume(config, runtime, folder, data.fingerprint)
     if resume is None and config.run.branch_from:
         resume = _find_branch(config, runtime, data.fingerprint, total_steps(config))
+    resumes = resume is not None and not resume.is_branch
+    choices = choose(config, runtime, runtime.run_on_rank0(folder.chosen) if resumes else None)
 
     begin = time.perf_counter()
-    chunks, parameter_map = build(config, runtime, dtype)
+    chunks, parameter_map = build(config, runtime, choices.dtype, choices.compiled)
     if resume is None:
         _initialize(config, runtime, parameter_map, folder)
     else:
@@ -266,7 +268,7 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
         resume = _load_finite(engine, data, folder, resume)
         manifest = resume.manifest
         step = manifest["step"]
-    elif dtype != torch.float32:
+    elif choices.dtype != torch.float32:
         refine_masters(engine, config)
     origin = provenance(config.parallel, runtime.data_size, runtime.threads, runtime.gather_devices())
     start_step = None if resume is None or resume.is_branch else step
@@ -281,11 +283,11 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
             reporter.warn(
                 f"{folder.config_file} was written by hand and is the run's own from here on: kept as {kept.name}"
             )
-        folder.write_resolved(resolved_values(session))
+        folder.write_resolved(resolved_values(session) | choices.as_json())
         folder.write_provenance(origin)
         if data.codec is not None:
             folder.write_tokenizer(data.codec.path)
-    _report_start(session, resume, warning, time.perf_counter() - begin)
+    _report_start(session, resume, choices, time.perf_counter() - begin)
     return session
 
 
@@ -295,7 +297,6 @@ def resolved_values(session: Session) -> dict[str, Any]:
     parallel = config.parallel
     return {
         "device": runtime.device.type,
-        "dtype": str(engine.dtype).removeprefix("torch."),
         "zero_stage": engine.zero_stage,
         "parallel": {
             "world": runtime.size,
@@ -315,10 +316,10 @@ def resolved_values(session: Session) -> dict[str, Any]:
     }
 
 
-def _report_start(session: Session, resume: _Resume | None, warning: str | None, seconds: float) -> None:
+def _report_start(session: Session, resume: _Resume | None, choices: Choices, seconds: float) -> None:
     reporter = session.reporter
-    if warning:
-        reporter.warn(warning)
+    for line in choices.lines:
+        reporter.print(line)
     if session.data.checked:
         reporter.print(session.data.checked)
     for line in describe_groups(session.engine.map, session.config.optimizer):

@@ -1,0 +1,175 @@
+"""What `auto` becomes on this machine: the dtype of a run, and whether its regions are compiled."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megagamma.config.resolve import planned_dtype
+from megagamma.config.schema import Config
+from megagamma.data.schedule import total_steps
+from megagamma.distributed.runtime import Runtime
+from megagamma.errors import ConfigurationError
+from megagamma.model.norm import NORM
+from megagamma.model.regions import Region
+from megagamma.model.swiglu import SWIGLU
+from megagamma.planning.memory import microbatches
+
+# Below this, passes over the fp32 master weights cost more than faster products save: models of 100,000 weights.
+_PAYING_RATIO = 2.5
+# Seconds of eager regions in a run, below which not even loading the compiler pays.
+_SHORT = 30.0
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The same on every rank."""
+
+    dtype: torch.dtype
+    compiled: bool
+    lines: tuple[str, ...] = ()
+    """What was chosen and why, for the console."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For resolved.json and `choose`'s `kept`."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled}
+
+
+def choose(config: Config, runtime: Runtime, kept: Mapping[str, Any] | None = None) -> Choices:
+    """Decide `precision.dtype` and `run.compile`; rank 0 measures, and all ranks take its word.
+
+    Args:
+        config: resolved and validated, vocabulary known.
+        kept: what the run that is resumed had chosen; where an option is `auto`, that stays.
+
+    Raises:
+        ConfigurationError: run.compile is on, and a host lacks a compiler.
+    """
+    problems = [text for text in runtime.gather(_lacks_compiler(runtime.device, config.run.compile)) if text]
+    found = runtime.run_on_rank0(lambda: _decide(config, runtime, problems[0] if problems else "", kept or {}))
+    return Choices(getattr(torch, found["dtype"]), found["compiled"], tuple(found["lines"]))
+
+
+def _decide(config: Config, runtime: Runtime, lacking: str, kept: Mapping[str, Any]) -> dict[str, Any]:
+    dtype, why = _decide_dtype(config, runtime, kept.get("dtype"))
+    compiled, why_compiled = _decide_compiled(config, runtime, dtype, lacking, kept.get("compiled"))
+    return {**Choices(dtype, compiled).as_json(), "lines": [line for line in (why, why_compiled) if line]}
+
+
+def _decide_dtype(config: Config, runtime: Runtime, kept: str | None) -> tuple[torch.dtype, str]:
+    on_cpu = runtime.device.type == "cpu"
+    planned = planned_dtype(config, runtime.data_size, "cpu" if on_cpu else "cuda")
+    if config.precision.dtype != "auto":
+        ratio = products_ratio(config) if on_cpu and planned == "bf16" else 1.0
+        slow = f"precision.dtype: bf16: its matrix products run at {ratio:.2f} x fp32 on this CPU: use fp32"
+        return _DTYPES[planned], slow if ratio < 1 else ""
+    if kept in ("float32", "bfloat16"):
+        return getattr(torch, kept), ""
+    if planned == "fp32" or not on_cpu:
+        return _DTYPES[planned], ""
+    ratio = products_ratio(config)
+    chosen = "bf16" if ratio >= _PAYING_RATIO else "fp32"
+    how = "with fp32 master weights" if chosen == "bf16" else f"bf16 pays from {_PAYING_RATIO} x on"
+    return (
+        _DTYPES[chosen],
+        f"precision.dtype: {chosen}: this model's products run {ratio:.1f} x as fast in bf16 on this CPU; {how}",
+    )
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def products_ratio(config: Config) -> float:
+    """How many times as fast this CPU multiplies in bf16 as in fp32: the best of a few of the model's largest products."""
+    model = config.model
+    assert model.ffn_hidden_size is not None
+    tokens = min(4096, config.data.micro_batch_size * config.data.sequence_length)
+    wide = 2 * model.ffn_hidden_size // config.parallel.tensor
+
+    def best(dtype: torch.dtype) -> float:
+        x, weight = torch.ones(tokens, model.hidden_size, dtype=dtype), torch.ones(wide, model.hidden_size, dtype=dtype)
+        return min(_seconds(lambda: torch.mm(x, weight.t())) for _ in range(9))
+
+    return best(torch.float32) / best(torch.bfloat16)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def _lacks_compiler(device: torch.device, wanted: str) -> str:
+    """Why this host cannot compile, as far as is known without loading the compiler; empty when it may."""
+    if wanted == "off" or device.type == "cuda":
+        return ""
+    return "" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "this host has no C++ compiler"
+
+
+def _decide_compiled(
+    config: Config, runtime: Runtime, dtype: torch.dtype, lacking: str, kept: bool | None
+) -> tuple[bool, str]:
+    wanted = config.run.compile
+    if wanted == "on" and lacking:
+        raise ConfigurationError(
+            f"run.compile=on: {lacking}: install one (g++ or clang++, with Python's headers), or use --run.compile auto"
+        )
+    if wanted != "auto":
+        return wanted == "on", ""
+    if kept is not None and not (kept and lacking):
+        return kept, ""
+    model, data = config.model, config.data
+    assert model.ffn_hidden_size is not None
+    calls = (
+        total_steps(config) * microbatches(config, runtime.data_size) * (model.num_layers // config.parallel.pipeline)
+    )
+    shape = (data.sequence_length, data.micro_batch_size)
+
+    def ones(*sizes: int) -> torch.Tensor:
+        return torch.ones(*sizes, dtype=dtype, device=runtime.device, requires_grad=True)
+
+    # The others are smaller, and left out of what is saved.
+    width = 2 * model.ffn_hidden_size // config.parallel.tensor
+    regions: list[tuple[int, Region, tuple[Any, ...]]] = [
+        (2, NORM, (ones(*shape, model.hidden_size), ones(model.hidden_size), model.norm_epsilon)),
+        (1, SWIGLU, (ones(*shape, width),)),
+    ]
+    eager = [(count, region, inputs, _pass(region.eager, inputs)) for count, region, inputs in regions]
+    if sum(count * calls * seconds for count, _, _, seconds in eager) < _SHORT:
+        return False, ""
+    if lacking:
+        return False, f"run.compile: off: {lacking}"
+    begin, saved = time.perf_counter(), 0.0
+    try:
+        for count, region, inputs, seconds in eager:
+            saved += count * (seconds - _pass(region.kernel, inputs))
+    except Exception as error:  # noqa: BLE001 - whatever the compiler lacks, the run goes on without it
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return False, f"run.compile: off: the compiler failed: {first[0][:200]}"
+    # Rotation of queries and of keys, and the gate, are compiled too.
+    cost = (time.perf_counter() - begin) / len(regions) * 5
+    pays = saved * calls > cost
+    return pays, (
+        f"run.compile: {'on' if pays else 'off'}: norms and SwiGLU save {1e3 * saved:.2f} ms a layer and microbatch, "
+        f"{max(0.0, saved) * calls:.0f} s in this run, and compiling takes about {cost:.0f} s"
+    )
+
+
+def _pass(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
+    """Median seconds of a forward and backward pass, after warm ones."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    on_gpu = tensors[0].device.type == "cuda"
+
+    def run() -> None:
+        torch.autograd.grad(function(*inputs).sum(), tensors)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    for _ in range(2):
+        run()
+    return sorted(_seconds(run) for _ in range(7))[3]
