@@ -26,7 +26,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from megagamma.environment import visible_gpus
+from megagamma.environment import has_fast_bf16, visible_gpus
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.launching.slurm import SlurmError
 from megagamma.reporting.tables import fitted_table
@@ -40,6 +40,9 @@ from megagamma.scaling.plan import Speed, make_plan, plan_text, speed_of
 from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
 from megagamma.scaling.tuning import best_values, last_loss, learning_rate_line
+
+# A point of fewer FLOPs takes seconds, in which compiling cannot pay. Unit: FLOPs.
+_SHORT_FLOPS = 6e11
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         code = code_hash()
         for state in notice_other_code(states, args.strict_code, code, say):
             folder.set_aside(state)
-        register(folder, states, code)
+        register(folder, states, code, not on_gpus)
         say(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
             f"{resources.at_once} at a time, {resources.threads} threads each"
@@ -219,12 +222,29 @@ def notice_other_code(
     return others if strict_code else []
 
 
-def register(folder: SweepFolder, states: list[PointState], code: str) -> None:
-    """Write what the points that will run are into their folders."""
+def register(folder: SweepFolder, states: list[PointState], code: str, on_cpus: bool) -> None:
+    """Write what the points that will run are into their folders.
+
+    Args:
+        on_cpus: all run on CPUs: decide here, once, what `auto` is for their dtype and for compiling.
+    """
     commit = source_commit()
-    for state in states:
-        if not state.is_final and state.status not in ("running", "queued"):
-            folder.register(state, code, commit)
+    todo = [state for state in states if not state.is_final and state.status not in ("running", "queued")]
+    if todo and on_cpus and not folder.choices:
+        folder.choose(
+            _choices(max(todo, key=lambda s: (s.point.config.precision.dtype == "auto", s.point.flops)).point)
+        )
+    for state in todo:
+        folder.register(state, code, commit)
+
+
+def _choices(largest: Point) -> dict[str, str]:
+    config = largest.sized
+    if largest.flops < _SHORT_FLOPS and (config.precision.dtype != "auto" or not has_fast_bf16()):
+        return {"dtype": "fp32", "compile": "off"}  # what would be found, without loading torch
+    from megagamma.training.choices import choose_for_sweep
+
+    return choose_for_sweep(config, largest.launch.processes)
 
 
 def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], as_json: bool) -> None:
@@ -399,7 +419,7 @@ def submit(args: argparse.Namespace) -> int:
             folder.set_aside(state)
         for state in states:
             slurm.freeze(state.point, tree)
-        register(folder, states, code)
+        register(folder, states, code, all(point.config.run.device == "cpu" for point in points))
 
     result, values = slurm.submit_sweep(
         args, sweep, folder, points, check_points, prepared_states, register_frozen, say

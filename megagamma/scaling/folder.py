@@ -3,6 +3,7 @@
 sweep.json      name and axes: what belongs in this folder
 sweep.yaml      the sweep's file as it was last used
 plan.json       its plan
+choices.json    what precision.dtype and run.compile became, for all points
 points/NAME/    the runs; each with point.json, what the point is, and attempts.jsonl, how often it was started
 log/NAME.log    what the runs printed
 table.csv, table.parquet    every validation of every point
@@ -13,6 +14,8 @@ slurm/          scripts and numbers of the jobs
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import uuid
 from dataclasses import dataclass, field
@@ -20,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.config.io import save_config
+from megagamma.config.resolve import planned_dtype
+from megagamma.config.rules import data_parallel_size
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import copy_file, first_free, read_json, write_json
 from megagamma.launching.attempts import AttemptLog
@@ -92,6 +97,7 @@ class SweepFolder:
         self.parquet_file = self.path / "table.parquet"
         self.code = self.path / "code"
         self.slurm = self.path / "slurm"
+        self.choices_file = self.path / "choices.json"
         self.jobs_file = self.slurm / "jobs.jsonl"
 
     def lock(self) -> RunLock:
@@ -178,7 +184,26 @@ class SweepFolder:
                 "values": state.point.values, "codes": state.codes, "commit": commit,
             },
         )  # fmt: skip
-        save_config(state.point.config, state.folder / "point.yaml")
+        # The point keeps its `auto`, by which it is recognised; what runs has what was chosen for all.
+        config = copy.deepcopy(state.point.config)
+        if config.precision.dtype == "auto" and "dtype" in self.choices:
+            replicas = data_parallel_size(config, state.point.launch.processes)
+            # Under a DeepSpeed file with ZeRO 0 it is fp32 whatever is faster.
+            possible = planned_dtype(config, replicas, "cpu")
+            config.precision.dtype = "fp32" if possible == "fp32" else self.choices["dtype"]
+        if config.run.compile == "auto" and "compile" in self.choices:
+            config.run.compile = self.choices["compile"]
+        save_config(config, state.folder / "point.yaml")
+
+    @functools.cached_property
+    def choices(self) -> dict[str, Any]:
+        """What was chosen for all points, see `choose`; empty before."""
+        return read_json(self.choices_file) if self.choices_file.exists() else {}
+
+    def choose(self, choices: dict[str, str]) -> None:
+        """Keep what was chosen for all points: "dtype" for precision.dtype, "compile" for run.compile."""
+        write_json(self.choices_file, choices)
+        vars(self).pop("choices", None)
 
     def set_aside(self, state: PointState) -> None:
         """Keep a point's folder under another name, so that it is run again."""

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from megagamma.config.resolve import planned_dtype
+from megagamma.config.rules import data_parallel_size
 from megagamma.config.schema import Config
 from megagamma.data.schedule import total_steps
 from megagamma.distributed.runtime import Runtime
+from megagamma.environment import choose_threads
 from megagamma.errors import ConfigurationError
 from megagamma.model.norm import NORM
 from megagamma.model.regions import Region
@@ -40,6 +42,25 @@ class Choices:
         return {"dtype": str(self.dtype).removeprefix("torch."), "compiled": self.compiled}
 
 
+def choose_for_sweep(config: Config, processes: int) -> dict[str, str]:
+    """Values for `precision.dtype` and `run.compile` of all points that run on CPUs, decided on this machine.
+
+    Args:
+        config: of the largest point, vocabulary known.
+        processes: of that point.
+    """
+    device = torch.device("cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(choose_threads(config.run.threads, processes))
+    try:
+        replicas = data_parallel_size(config, processes)
+        found = _decide(config, replicas, device, _lacks_compiler(device, config.run.compile), {})
+    finally:
+        torch.set_num_threads(before)
+    dtype = next(name for name, value in _DTYPES.items() if str(value) == f"torch.{found['dtype']}")
+    return {"dtype": dtype, "compile": "on" if found["compiled"] else "off"}
+
+
 def choose(config: Config, runtime: Runtime, kept: Mapping[str, Any] | None = None) -> Choices:
     """Decide `precision.dtype` and `run.compile`; rank 0 measures, and all ranks take its word.
 
@@ -51,19 +72,23 @@ def choose(config: Config, runtime: Runtime, kept: Mapping[str, Any] | None = No
         ConfigurationError: run.compile is on, and a host lacks a compiler.
     """
     problems = [text for text in runtime.gather(_lacks_compiler(runtime.device, config.run.compile)) if text]
-    found = runtime.run_on_rank0(lambda: _decide(config, runtime, problems[0] if problems else "", kept or {}))
+    found = runtime.run_on_rank0(
+        lambda: _decide(config, runtime.data_size, runtime.device, problems[0] if problems else "", kept or {})
+    )
     return Choices(getattr(torch, found["dtype"]), found["compiled"], tuple(found["lines"]))
 
 
-def _decide(config: Config, runtime: Runtime, lacking: str, kept: Mapping[str, Any]) -> dict[str, Any]:
-    dtype, why = _decide_dtype(config, runtime, kept.get("dtype"))
-    compiled, why_compiled = _decide_compiled(config, runtime, dtype, lacking, kept.get("compiled"))
+def _decide(
+    config: Config, replicas: int, device: torch.device, lacking: str, kept: Mapping[str, Any]
+) -> dict[str, Any]:
+    dtype, why = _decide_dtype(config, replicas, device, kept.get("dtype"))
+    compiled, why_compiled = _decide_compiled(config, replicas, device, dtype, lacking, kept.get("compiled"))
     return {**Choices(dtype, compiled).as_json(), "lines": [line for line in (why, why_compiled) if line]}
 
 
-def _decide_dtype(config: Config, runtime: Runtime, kept: str | None) -> tuple[torch.dtype, str]:
-    on_cpu = runtime.device.type == "cpu"
-    planned = planned_dtype(config, runtime.data_size, "cpu" if on_cpu else "cuda")
+def _decide_dtype(config: Config, replicas: int, device: torch.device, kept: str | None) -> tuple[torch.dtype, str]:
+    on_cpu = device.type == "cpu"
+    planned = planned_dtype(config, replicas, "cpu" if on_cpu else "cuda")
     if config.precision.dtype != "auto":
         ratio = products_ratio(config) if on_cpu and planned == "bf16" else 1.0
         slow = f"precision.dtype: bf16: its matrix products run at {ratio:.2f} x fp32 on this CPU: use fp32"
@@ -112,7 +137,7 @@ def _lacks_compiler(device: torch.device, wanted: str) -> str:
 
 
 def _decide_compiled(
-    config: Config, runtime: Runtime, dtype: torch.dtype, lacking: str, kept: bool | None
+    config: Config, replicas: int, device: torch.device, dtype: torch.dtype, lacking: str, kept: bool | None
 ) -> tuple[bool, str]:
     wanted = config.run.compile
     if wanted == "on" and lacking:
@@ -125,13 +150,11 @@ def _decide_compiled(
         return kept, ""
     model, data = config.model, config.data
     assert model.ffn_hidden_size is not None
-    calls = (
-        total_steps(config) * microbatches(config, runtime.data_size) * (model.num_layers // config.parallel.pipeline)
-    )
+    calls = total_steps(config) * microbatches(config, replicas) * (model.num_layers // config.parallel.pipeline)
     shape = (data.sequence_length, data.micro_batch_size)
 
     def ones(*sizes: int) -> torch.Tensor:
-        return torch.ones(*sizes, dtype=dtype, device=runtime.device, requires_grad=True)
+        return torch.ones(*sizes, dtype=dtype, device=device, requires_grad=True)
 
     # The others are smaller, and left out of what is saved.
     width = 2 * model.ffn_hidden_size // config.parallel.tensor

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megagamma.config import bounds as bounds_module
+from megagamma.config import resolve
 from megagamma.config import rules as rules_module
 from megagamma.config import schema as schema_module
 from megagamma.config.io import parse_config
@@ -22,44 +23,46 @@ TINY = ["--data.corpus", "tiny"]
 @pytest.mark.parametrize(
     ("dtype", "stage", "ranks", "device", "expected"),
     [
-        ("auto", None, 1, "cpu", "fp32"),
-        ("auto", None, 4, "cpu", "fp32"),
+        ("auto", None, 1, "cpu", "bf16"),
+        ("auto", None, 4, "cpu", "bf16"),
+        ("auto", 0, 1, "cpu", "fp32"),
         ("auto", None, 1, "cuda", "bf16"),
         ("auto", None, 4, "cuda", "bf16"),
         ("auto", 0, 1, "cuda", "fp32"),
         ("auto", 0, 4, "cuda", "fp32"),
         ("auto", 1, 1, "cuda", "bf16"),
         ("auto", 3, 4, "cuda", "bf16"),
-        ("auto", 2, 4, "cpu", "fp32"),
+        ("auto", 2, 4, "cpu", "bf16"),
+        ("auto", 2, 4, "cpu without bf16", "fp32"),
         ("fp32", None, 1, "cuda", "fp32"),
         ("bf16", None, 1, "cpu", "bf16"),
     ],
 )
-def test_planned_dtype(tmp_path: Path, dtype: str, stage: int | None, ranks: int, device, expected: str) -> None:
+def test_planned_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, stage: int | None, ranks: int, device, expected: str
+) -> None:
+    monkeypatch.setattr(resolve, "has_fast_bf16", lambda: device != "cpu without bf16")
     arguments = [*TINY, "--precision.dtype", dtype]
     if stage is not None:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         arguments += ["--deepspeed_config", str(path)]
     config = parse_config(arguments, world_size=ranks)
-    assert planned_dtype(config, ranks, device) == expected
+    assert planned_dtype(config, ranks, device[:4].strip()) == expected
 
 
-def test_a_run_takes_the_planned_dtype(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` with a ZeRO 0 file on a GPU was refused once the data was open; it is fp32, and DeepSpeed agrees."""
-    import torch
-
+def test_deepspeed_agrees_with_the_planned_dtype(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` with a ZeRO 0 file on a GPU was refused once the data was open; it is fp32."""
     from megagamma.distributed.deepspeed_config import fill_deepspeed_config
-    from megagamma.training.assembly import choose_dtype
 
     monkeypatch.chdir(root)
-    config = parse_config([*TINY, "--deepspeed_config", "configs/deepspeed/zero0.json"])
-    dtype, warning = choose_dtype(config, 1, torch.device("cuda"))
-    assert (dtype, warning) == (torch.float32, None)
-    assert fill_deepspeed_config(config, 1, dtype == torch.bfloat16)["bf16"]["enabled"] is False
-    # Negative control: with the built-in file the same config is bf16 on a GPU.
-    config = parse_config(TINY)
-    assert choose_dtype(config, 1, torch.device("cuda")) == (torch.bfloat16, None)
+    for arguments, expected in ((["--deepspeed_config", "configs/deepspeed/zero0.json"], "fp32"), ([], "bf16")):
+        config = parse_config([*TINY, *arguments])
+        assert planned_dtype(config, 1, "cuda") == expected
+        filled = fill_deepspeed_config(config, 1, expected == "bf16")
+        assert filled["bf16"]["enabled"] is (expected == "bf16")
+        # Gradients are reduced in fp32, as they add up.
+        assert filled.get("communication_data_type") == ("fp32" if expected == "bf16" else None)
 
 
 def imports(path: str) -> set[str]:

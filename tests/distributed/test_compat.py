@@ -111,6 +111,41 @@ def test_deepspeed_optimizers(two_ranks: RankPool, data_cache: str, stage: int, 
         assert all(facts.values()), facts
 
 
+def test_spared_passes_change_nothing(one_rank: RankPool, data_cache: str) -> None:
+    """Gradients and weights to the bit of DeepSpeed's own way, over several microbatches, dropped gradients included."""
+    given = ["--data.cache", data_cache, "--precision.dtype", "bf16", "--data.micro_batch_size", "4", *zero(1)]
+    ours, theirs, broken = (one_rank.run(_bf16_steps, given, how)[0] for how in ("ours", "theirs", "broken"))
+    assert ours == theirs
+    assert ours != broken, "negative control: gradients that are not cleared are seen"
+
+
+def _bf16_steps(arguments: list[str], how: str) -> list[float]:
+    from megagamma.distributed.compat import deepspeed as compat
+
+    kept = compat._spare_passes_over_gradients
+    if how != "ours":
+        compat._spare_passes_over_gradients = lambda engine, optimizer: None
+    try:
+        config, engine = build_engine(arguments)
+    finally:
+        compat._spare_passes_over_gradients = kept
+    if how == "broken":
+        engine.optimizer.clear_hp_grads = lambda: None
+    numbers: list[float] = []
+    for step in range(1, 5):
+        engine.set_learning_rate(config.optimizer.lr)
+        numbers.append(engine.forward_backward(batches(config, engine, step)))
+        if step == 2:
+            engine.discard()
+            continue
+        assert engine.step()
+        numbers.append(engine.grad_norm)
+    for tensor in engine.map:
+        numbers.append(float(engine.state.get(tensor, "weight").double().square().sum()))
+    engine.close()
+    return numbers
+
+
 def test_deepspeed_prints_nothing(two_ranks: RankPool, data_cache: str) -> None:
     for printed in two_ranks.run(_printed, ["--data.cache", data_cache, "--precision.dtype", "bf16", *zero(1)]):
         assert printed == ""

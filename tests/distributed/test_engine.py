@@ -166,6 +166,9 @@ def test_bf16_keeps_exact_masters(two_ranks: RankPool, data_cache: str, stage: i
     assert found["weights are rounded masters"]
     assert found["rounding is visible"] > 0
     assert found["losses"][-1] < found["losses"][0] - 0.3
+    # Updates of 1e-6 reach weights that are a thousand times as large; rounded to bf16, nearly all would be lost.
+    assert found["moved by a tiny step"] > 0.9
+    assert found["moved, were they bf16"] < 0.1
 
 
 def _bf16_masters(arguments: list[str]) -> dict[str, Any]:
@@ -191,8 +194,19 @@ def _bf16_masters(arguments: list[str]) -> dict[str, Any]:
         engine.set_learning_rate(config.optimizer.lr)
         losses.append(engine.forward_backward(batches(config, engine, step)))
         assert engine.step()
+    matrices = [tensor for tensor in engine.map if tensor.role not in ("norm", "embedding")]
+    before = [engine.state.get(tensor, "weight").clone() for tensor in matrices]
+    engine.set_learning_rate(1e-6)
+    engine.forward_backward(batches(config, engine, 13))
+    assert engine.step()
+    after = [engine.state.get(tensor, "weight") for tensor in matrices]
+    large = [b.abs() > 1e-3 for b in before]
+    moved = [a[where] != b[where] for a, b, where in zip(after, before, large, strict=True)]
+    rough = [a[where].bfloat16() != b[where].bfloat16() for a, b, where in zip(after, before, large, strict=True)]
     engine.close()
     return {
+        "moved by a tiny step": float(torch.cat(moved).float().mean()),
+        "moved, were they bf16": float(torch.cat(rough).float().mean()),
         "masters are the fp32 draw": exact,
         "weights are rounded masters": rounded,
         "rounding is visible": visible,
