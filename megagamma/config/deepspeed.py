@@ -11,6 +11,7 @@ from megagamma.errors import ConfigurationError
 from megagamma.reading import Unreadable, read_json_value
 
 AUTO = "auto"
+OFFLOAD = "offload_optimizer"
 
 
 def built_in(stage: int) -> dict[str, Any]:
@@ -52,14 +53,20 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
 
 
 def deepspeed_values(config: Config, data_parallel_size: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's JSON for a run: the user's file, or for `auto` ZeRO 1, and ZeRO 0 where there is nothing to shard.
+    """DeepSpeed's JSON for a run: the user's file, or for `auto` ZeRO 1; and ZeRO 0 for 1 where there is nothing to shard.
 
     Raises:
         ConfigurationError: the file is missing, or not a JSON object.
     """
-    if config.deepspeed_config != AUTO:
-        return read_deepspeed_json(config.deepspeed_config)
-    return built_in(0 if data_parallel_size == 1 and not bf16 else 1)
+    nothing_to_shard = data_parallel_size == 1 and not bf16
+    if config.deepspeed_config == AUTO:
+        return built_in(0 if nothing_to_shard else 1)
+    values = read_deepspeed_json(config.deepspeed_config)
+    section = values.get("zero_optimization")
+    if nothing_to_shard and isinstance(section, dict) and section.get("stage") == 1 and not section.get(OFFLOAD):
+        # The same numbers in the same memory, without DeepSpeed's copies to and from flat partitions.
+        values["zero_optimization"] = {**section, "stage": 0}
+    return values
 
 
 def zero_stage(values: dict[str, Any]) -> int:

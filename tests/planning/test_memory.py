@@ -181,6 +181,7 @@ STEP = [
     *("--model.hidden_size", "512", "--model.num_layers", "8", "--model.num_attention_heads", "8"),
     *("--model.num_query_groups", "4", "--model.ffn_hidden_size", "1408", "--model.vocab_size", "4096"),
     *("--data.sequence_length", "512", "--data.micro_batch_size", "4", "--run.device", "cpu"),
+    *("--precision.dtype", "fp32"),
 ]
 
 
@@ -188,7 +189,7 @@ STEP = [
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("zero", "size"),
-    [(1, 2), *(pytest.param(zero, size, marks=pytest.mark.slow) for zero, size in ((0, 1), (0, 2), (1, 1)))],
+    [(1, 2), *(pytest.param(zero, size, marks=pytest.mark.slow) for zero, size in ((0, 1), (0, 2)))],
 )
 def test_the_plan_against_a_real_step(monkeypatch, capsys, zero, size):
     """30 million weights, two microbatches per rank. With glibc told to give freed memory back, see docs/memory.md."""
