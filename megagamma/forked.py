@@ -40,8 +40,7 @@ def free_port() -> int:
 def context() -> ForkServerContext:
     """A context whose server has a run's imports done; nothing in them starts a thread."""
     found = multiprocessing.get_context("forkserver")
-    # The last is what optimizers import when they are made.
-    found.set_forkserver_preload(["megagamma.preloaded", "deepspeed", "megagamma.job", "torch._dynamo"])
+    found.set_forkserver_preload(["megagamma.preloaded", "deepspeed", "megagamma.job"])
     return found
 
 

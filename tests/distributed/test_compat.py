@@ -185,6 +185,23 @@ def test_megatron_is_imported_without_the_compiler() -> None:
     assert lines == ["True False", "0 7 9 [{'backend': 'eager'}] geglu", "True"], lines
 
 
+@pytest.mark.launcher
+def test_a_run_loads_neither_compiler_nor_wandb(root: Path, data_cache: str, tmp_path: Path) -> None:
+    """Each takes a second or more at the start, and optimizers and Megatron-core would load them to no use."""
+    program = (
+        "import sys\n"
+        "from megagamma.pretrain import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print(code, sorted({'torch._dynamo', 'torch._inductor', 'wandb', 'deepspeed', 'megatron.core'} & {*sys.modules}))\n"
+        "import wandb\n"  # can still be had
+        "print(wandb.__name__)\n"
+    )
+    arguments = ["--config=configs/smoke.yaml", "--run.steps=2", f"--run.folder={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", program, *arguments, f"--data.cache={data_cache}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=root)
+    assert done.stdout.splitlines()[-2:] == ["0 ['deepspeed', 'megatron.core']", "wandb"], done.stderr[-2000:]
+
+
 def _threads_after(arguments: list[str], fails: bool) -> int:
     if fails:
         assert attempt([*arguments, "--guard.on_nan", "stop"], train=True)[0] == "TrainingError"

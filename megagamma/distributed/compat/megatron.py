@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -87,15 +88,20 @@ def _compiled_when_called(function: Callable[..., Any] | None = None, **options:
 
 
 def preload() -> None:
-    """Import Megatron-core without torch's compiler. Optional, and useful before anything else imports Megatron-core.
+    """Import Megatron-core without torch's compiler and without wandb. Optional, and useful before anything else imports Megatron-core.
 
     Megatron-core decorates functions with `torch.compile` when it is imported. That alone loads the compiler, in about as
     much time as all the rest, also where none of these functions is ever called, as on a CPU. Here they are compiled when
-    they are first called.
+    they are first called. wandb is for Megatron-core's inference engine, which nobody runs here.
     """
     whole = torch.compile
     torch.compile = _compiled_when_called  # type: ignore[assignment]
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment] # an ImportError for whoever imports it
     try:
         import megatron.core  # noqa: F401
     finally:
         torch.compile = whole
+        if hidden:
+            del sys.modules["wandb"]

@@ -16,6 +16,17 @@ def process_groups() -> set[Any]:
     return set(dist.distributed_c10d._world.pg_map)
 
 
+def make_optimizers_without_compiler() -> None:
+    """Let torch's optimizers be made and stepped without loading the compiler, which takes a second or two.
+
+    Their methods load it to say that it is to leave them alone. Nothing here compiles an optimizer.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        plain = getattr(method, "__wrapped__", None)
+        if plain is not None and method.__code__.co_filename == torch._compile.__file__:
+            vars(plain).setdefault("__dynamo_disable", plain)  # where the wrapper looks first
+
+
 @contextlib.contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
     """This process as one rank of a world whose other ranks do not exist.
