@@ -88,7 +88,7 @@ def _compiled_when_called(function: Callable[..., Any] | None = None, **options:
 
 
 def preload() -> None:
-    """Import Megatron-core without torch's compiler and without wandb. Optional, and useful before anything else imports Megatron-core.
+    """Import Megatron-core without torch's compiler and without wandb. Optional; before anything else imports it.
 
     Megatron-core decorates functions with `torch.compile` when it is imported. That alone loads the compiler, in about as
     much time as all the rest, also where none of these functions is ever called, as on a CPU. Here they are compiled when

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,15 +17,22 @@ def process_groups() -> set[Any]:
     return set(dist.distributed_c10d._world.pg_map)
 
 
-def make_optimizers_without_compiler() -> None:
-    """Let torch's optimizers be made and stepped without loading the compiler, which takes a second or two.
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which can be made and stepped without loading the compiler, which takes a second or two.
 
-    Their methods load it to say that it is to leave them alone. Nothing here compiles an optimizer.
+    torch loads it to say that it is to leave optimizers alone. Nothing here compiles one.
     """
-    for method in vars(torch.optim.Optimizer).values():
-        plain = getattr(method, "__wrapped__", None)
-        if plain is not None and method.__code__.co_filename == torch._compile.__file__:
-            vars(plain).setdefault("__dynamo_disable", plain)  # where the wrapper looks first
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        for method in vars(torch.optim.Optimizer).values():
+            plain = getattr(method, "__wrapped__", None)
+            if inspect.isfunction(method) and plain and method.__code__.co_filename == torch._compile.__file__:
+                vars(plain).setdefault("__dynamo_disable", plain)  # where the wrapper looks first
+        super().__init__(*arguments, **named)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
 
 
 @contextlib.contextmanager
