@@ -111,7 +111,7 @@ class Contender:
         while len(answers) < len(self._ends):
             for end in wait([end for end in self._ends if end not in answers]):
                 try:
-                    answers[end] = end.recv()  # type: ignore[union-attr]
+                    answers[end] = end.recv()  # type: ignore[union-attr,call-arg]
                 except EOFError:
                     self._give_up(self._processes[self._ends.index(end)])  # type: ignore[arg-type]
         return [answers[end] for end in self._ends]
