@@ -2,6 +2,8 @@
 
 import pytest
 
+from megagamma.benchmarks.comparisons import DDP, measure_overhead, measure_ranks, measure_zero
+from megagamma.benchmarks.costs import measure_curves, measure_memory
 from megagamma.benchmarks.page import machine, page
 from megagamma.benchmarks.training import OURS, PEERS, measure, shape_arguments
 from megagamma.commands import benchmark
@@ -39,3 +41,44 @@ def test_shapes() -> None:
 def test_a_contender_that_ends_is_named() -> None:
     with pytest.raises(MegagammaError, match="benchmark: megagamma ended with exit code 1"):
         measure("toy", 1, [], ["--optimizer.lr=-1"])
+
+
+@pytest.mark.launcher
+def test_ranks_and_zero_stages_are_what_they_say() -> None:
+    found = measure_ranks("toy", 1, ["--data.sequence_length=16"])
+    assert list(found["contenders"]) == [f"{OURS} fp32", f"{OURS} bf16", DDP] and found["reference"] == DDP
+    assert found["tokens"] == 2 * 4 * 16, "4 sequences a rank"
+    assert found["zero_stages"] == {f"{OURS} fp32": 1, f"{OURS} bf16": 1}
+    zero = measure_zero("toy", 1)
+    assert zero["zero_stages"] == {"ZeRO 1": 1, "ZeRO 0": 0} and list(zero["ratios"]) == ["ZeRO 1"]
+    text = page("x", {"machine": machine(), "ranks": found, "zero": zero})
+    for result in (found, zero):
+        assert all(f"| {ratio:.2f} |" in text for ratio in result["ratios"].values())
+
+
+@pytest.mark.launcher
+def test_a_rank_that_ends_ends_its_group() -> None:
+    with pytest.raises(MegagammaError, match="benchmark: megagamma fp32 ended with exit code 1"):
+        measure_ranks("toy", 1, ["--optimizer.lr=-1"])
+
+
+@pytest.mark.launcher
+def test_costs_and_overhead() -> None:
+    memory = measure_memory("toy")
+    # Adam's moments, weights and gradients are there at the least.
+    assert all(memory[name] * 2**20 > 16 * 98_624 for name in ("ours_mib", "peer_mib", "planned_mib"))
+    overhead = measure_overhead(5, ["--model.num_layers=1", "--data.sequence_length=16"])
+    assert overhead["steps"] == 5
+    assert overhead["share_of_a_step"] == pytest.approx(overhead["seconds_with"] / overhead["seconds_without"] - 1)
+    text = page("x", {"machine": machine(), "memory": [memory], "overhead": overhead})
+    assert f"{overhead['share_of_a_step']:.1%} of a step" in text and f"| {memory['planned_mib']:,.0f} |" in text
+
+
+@pytest.mark.slow
+def test_curves() -> None:
+    found = measure_curves("toy", ["1m", "3m"], 1, ends_only=True)
+    curves = found["curves"]
+    assert [point["at"] for point in curves["sequence length"]] == ["128", "2048"]
+    assert len({point["tokens"] for point in curves["sequence length"]}) == 1, "constant tokens per step"
+    assert curves["ranks"][1]["tokens"] == 2 * curves["ranks"][0]["tokens"]
+    assert "| 2048 |" in page("x", {"machine": machine(), "curves": found})

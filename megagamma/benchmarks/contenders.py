@@ -1,4 +1,4 @@
-"""Contenders of a benchmark: each in a process of its own, and all in turns.
+"""Contenders of a benchmark: each in a process of its own, or in several ranks, and all in turns.
 
 A process of its own gives each the allocator and the OpenMP settings that it has in use; taking turns gives all the same
 share of a noisy machine.
@@ -7,13 +7,16 @@ share of a noisy machine.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NoReturn
 
 from megagamma.errors import MegagammaError
+from megagamma.forked import free_port
 
 Step = Callable[[], None]
 Make = Callable[..., tuple[Step, dict[str, Any]]]
@@ -22,19 +25,28 @@ _WARM_UP = 3  # steps; the first compiles
 _TURN = 0.5  # seconds
 
 
-def _work(connection: Connection, sleeping_threads: bool, make: Make, arguments: Sequence[Any]) -> None:
+def _work(
+    connection: Connection, variables: Mapping[str, str], sleeping_threads: bool, make: Make, arguments: Sequence[Any]
+) -> None:
+    from megagamma.cli import ignore_library_warnings
     from megagamma.environment import choose_threads, let_waiting_threads_sleep
 
+    os.environ.update(variables)
     if sleeping_threads:
         let_waiting_threads_sleep()  # before torch is imported
+    ignore_library_warnings()
     import torch
+
+    from megagamma.planning.drawing import resident_bytes
 
     torch.set_num_threads(choose_threads(0, 1))
     begin = time.perf_counter()
     step, facts = make(*arguments)
     for _ in range(_WARM_UP):
         step()
-    connection.send({**facts, "start_seconds": time.perf_counter() - begin})
+    connection.send(
+        {**facts, "start_seconds": time.perf_counter() - begin, "peak_bytes": resident_bytes("VmHWM")},
+    )
     while (count := connection.recv()) is not None:
         seconds = []
         for _ in range(count):
@@ -44,49 +56,85 @@ def _work(connection: Connection, sleeping_threads: bool, make: Make, arguments:
         connection.send(seconds)
 
 
-class Contender:
-    """A process that makes steps when it is told to."""
+def _variables(ranks: int) -> list[dict[str, str]]:
+    """What a launcher sets for each process of a run on this host; one process keeps the variables of this one."""
+    if ranks == 1:
+        return [{}]
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }
+        for rank in range(ranks)
+    ]  # fmt: skip
 
-    def __init__(self, name: str, make: Make, *arguments: Any, sleeping_threads: bool = False) -> None:
+
+class Contender:
+    """A process, or the processes of several ranks, that make steps when they are told to."""
+
+    def __init__(self, name: str, make: Make, *arguments: Any, ranks: int = 1, sleeping_threads: bool = False) -> None:
         """Start it, and wait for its first steps.
 
         Args:
             name: for messages.
             make: see `Make`; a module's function.
             arguments: of `make`.
+            ranks: processes; of several each has one thread, and the variables of a launcher.
             sleeping_threads: set up OpenMP as a run of ours does.
 
         Raises:
             MegagammaError: it ended by itself; what it said is on the console.
         """
         self.name = name
-        self._end, theirs = multiprocessing.Pipe()
         start = multiprocessing.get_context("spawn")
-        self._process = start.Process(target=_work, args=(theirs, sleeping_threads, make, arguments), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.facts: dict[str, Any] = self._receive()
-        """Of `make`, and the seconds until the warm-up was over."""
+        self._ends: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for variables in _variables(ranks):
+            ours, theirs = multiprocessing.Pipe()
+            process = start.Process(
+                target=_work, args=(theirs, variables, sleeping_threads, make, arguments), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process)
+        answers = self._receive()
+        self.facts: dict[str, Any] = answers[0]
+        """Of `make`, the seconds until the warm-up was over, and then the peak of resident memory (unit: bytes). Of the
+        first rank, but for the peak, which is the largest."""
+        self.facts["peak_bytes"] = max(answer["peak_bytes"] for answer in answers)
 
-    def _receive(self) -> Any:
-        try:
-            return self._end.recv()
-        except EOFError:
-            self._process.join()
-            raise MegagammaError(
-                f"benchmark: {self.name} ended with exit code {self._process.exitcode}; what it said is above"
-            ) from None
+    def _receive(self) -> list[Any]:
+        """What each process answers, by rank."""
+        answers: dict[Any, Any] = {}
+        while len(answers) < len(self._ends):
+            for end in wait([end for end in self._ends if end not in answers]):
+                try:
+                    answers[end] = end.recv()  # type: ignore[union-attr,call-arg]
+                except EOFError:
+                    self._give_up(self._processes[self._ends.index(end)])  # type: ignore[arg-type]
+        return [answers[end] for end in self._ends]
+
+    def _give_up(self, process: BaseProcess) -> NoReturn:
+        """One has ended: end the others, which may wait for it, and name it."""
+        process.join()
+        for other in self._processes:
+            other.kill()
+        raise MegagammaError(f"benchmark: {self.name} ended with exit code {process.exitcode}; what it said is above")
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of some steps."""
-        self._end.send(steps)
-        seconds: list[float] = self._receive()
-        return seconds
+        """Seconds of each of some steps; of several ranks those of the slowest."""
+        for end in self._ends:
+            end.send(steps)
+        return [max(seconds) for seconds in zip(*self._receive(), strict=True)]
 
     def close(self) -> None:
-        """End the process."""
-        self._end.send(None)
-        self._process.join()
+        """End the processes."""
+        for end in self._ends:
+            end.send(None)
+        for process in self._processes:
+            process.join()
 
 
 def in_turns(contenders: Sequence[Contender], rounds: int) -> dict[str, list[float]]:

@@ -54,6 +54,45 @@ def training_table(results: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ratios_table(result: Mapping[str, Any]) -> str:
+    """Tokens per second by contender, and each one's ratio to the reference."""
+    lines = ["| contender | tokens/s | 10 % to 90 % | over the reference |", "|---|---:|---:|---:|"]
+    for name, values in result["contenders"].items():
+        ratio = f"{result['ratios'][name]:.2f}" if name in result["ratios"] else "reference"
+        lines.append(
+            f"| {name} | {values['tokens_per_second']:,.0f} | {values['low']:,.0f} to {values['high']:,.0f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def curve_tables(curves: Mapping[str, Any]) -> list[str]:
+    """Lines of a table for each curve."""
+    lines = []
+    for name, points in curves.items():
+        lines += [f"| {name} | parameters | tokens a step | tokens/s | peak MiB |", "|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| {point['at']} | {point['parameters'] / 1e6:.3g}M | {point['tokens']:,} "
+            f"| {point['tokens_per_second']:,.0f} | {point['peak_mib']:,.0f} |"
+            for point in points
+        ]
+        lines.append("")
+    return lines
+
+
+def memory_table(results: list[Mapping[str, Any]]) -> str:
+    """Peaks by shape."""
+    lines = [
+        "| shape | tokens | ours MiB | planned MiB | peer MiB | ours over the peer |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {result['shape']} | {result['tokens']:,} | {result['ours_mib']:,.0f} | {result['planned_mib']:,.0f} "
+        f"| {result['peer_mib']:,.0f} | {result['ours_mib'] / result['peer_mib']:.2f} |"
+        for result in results
+    ]
+    return "\n".join(lines)
+
+
 def page(command: str, results: Mapping[str, Any]) -> str:
     """The whole page.
 
@@ -77,6 +116,42 @@ def page(command: str, results: Mapping[str, Any]) -> str:
             "LlamaForCausalLM, or Qwen3_5ForCausalLM for the shapes named gated (gate, q/k-norm). The best peer is in bold.",
             "`start` is until the third step, compilation included: a compiled peer pays it in every new process.", "",
             training_table(results["train"]), "",
+        ]  # fmt: skip
+    if "ranks" in results:
+        lines += [
+            "## Data-parallel ranks", "",
+            f"Two processes of one thread each over gloo, shape {results['ranks']['shape']}, 4 sequences a rank. The peer is",
+            "transformers' class in fp32 under torch's DistributedDataParallel, gradients as views of its buckets.", "",
+            ratios_table(results["ranks"]), "",
+        ]  # fmt: skip
+    if "zero" in results:
+        lines += [
+            "## ZeRO 1 on one rank", "",
+            f"fp32, shape {results['zero']['shape']}. There is nothing to shard there; ZeRO 0 is the default.", "",
+            ratios_table(results["zero"]), "",
+        ]  # fmt: skip
+    if "overhead" in results:
+        over = results["overhead"]
+        lines += [
+            "## What callbacks add to a step", "",
+            "A run of configs/demo.yaml on two ranks with its metrics, guard, replica check and the other standard callbacks",
+            "at their default intervals, against the same run without any; validation and checkpoints are left out.", "",
+            f"{over['share_of_a_step']:.1%} of a step: {over['seconds_with']:.4g} and {over['seconds_without']:.4g} s, means",
+            f"of {over['steps']} steps each.", "",
+        ]  # fmt: skip
+    if "curves" in results:
+        lines += [
+            "## Cost by size", "",
+            f"Ours alone, fp32, one point after the other; shape {results['curves']['shape']} but for the first table. Peak is",
+            "the resident memory of the fullest process, libraries included.", "",
+            *curve_tables(results["curves"]["curves"]),
+        ]  # fmt: skip
+    if "memory" in results:
+        lines += [
+            "## Memory", "",
+            "Peak resident memory of three steps in fp32, beyond what was resident before the model was built. A run on a CPU",
+            "keeps memory that it has freed, which the plan does not count. The peer is eager.", "",
+            memory_table(results["memory"]), "",
         ]  # fmt: skip
     for name in ("init", "loss", "checkpoint", "convert"):
         if name in results:

@@ -29,19 +29,16 @@ _TOY = {
     "model.ffn_hidden_size": 128, "model.vocab_size": 128, "data.sequence_length": 32,
     "data.global_batch_size": 32, "data.micro_batch_size": 32,
 }  # fmt: skip
-# Of ours and of the peers.
-_COMMON = [
-    "--run.steps=20000",
-    "--data.global_batch_size=4",
-    "--data.micro_batch_size=4",
-    "--data.corpus=tiny",
-    "--model.vocab_size=4096",
-]
+_OF_A_PROCESS = ("start_seconds", "before_bytes", "peak_bytes")
+COMMON = ["--data.global_batch_size=4", "--data.micro_batch_size=4", "--data.corpus=tiny", "--model.vocab_size=4096"]
+"""Options of ours and of the peers."""
+STEPS = 20_000
+"""Length of the run that ours makes its choices for, such as whether compiling pays."""
 
 
-def preset(name: str) -> str:
+def preset(name: str, kind: str = "yaml") -> str:
     """Path of a config of the source tree, such as model/17m."""
-    return str(source_tree() / "configs" / f"{name}.yaml")
+    return str(source_tree() / "configs" / f"{name}.{kind}")
 
 
 def shape_arguments(shape: str) -> list[str]:
@@ -56,14 +53,27 @@ def shape_arguments(shape: str) -> list[str]:
     return ["--config", preset("demo" if name == "demo" else f"model/{name}"), *recipe]
 
 
+def join(arguments: Sequence[str]) -> tuple[Any, Any]:
+    """(config, runtime) of this process on its CPU, everything imported that a step needs."""
+
+    from megagamma.config.io import parse_config
+    from megagamma.distributed.compat.deepspeed import import_deepspeed
+    from megagamma.distributed.runtime import Runtime
+    from megagamma.environment import world_from_environment
+
+    world = world_from_environment()
+    config = parse_config([*COMMON, "--run.device=cpu", *arguments], world_size=world.size)
+    runtime = Runtime(config, world)
+    import_deepspeed(on_cpu=True)
+    return config, runtime
+
+
 def build(arguments: Sequence[str]) -> tuple[Any, Any]:
     """(config, engine) of a filled model on this process's CPU, without data."""
-    from megagamma.config.io import parse_config
-    from megagamma.distributed.runtime import Runtime
     from megagamma.training.assembly import fresh_engine
 
-    config = parse_config([*_COMMON, "--run.device=cpu", *arguments])
-    engine = fresh_engine(config, Runtime(config))
+    config, runtime = join(arguments)
+    engine = fresh_engine(config, runtime)
     engine.set_learning_rate(1e-4)
     return config, engine
 
@@ -81,45 +91,68 @@ def random_batch(config: Any) -> Any:
 
 
 def our_step(arguments: Sequence[str]) -> tuple[Step, dict[str, Any]]:
-    """A step of ours, and facts of the model."""
+    """A step of ours, and facts of the model; `before_bytes` is what was resident before it was built."""
     from megagamma.environment import keep_freed_memory
     from megagamma.model.parameters import logical_parameters
+    from megagamma.planning.drawing import resident_bytes
     from megagamma.planning.flops import flops_per_token, measure_matmul_peak
+    from megagamma.training.assembly import fresh_engine
 
     keep_freed_memory()  # as a run does
-    config, engine = build(arguments)
-    batch = random_batch(config)
+    length = [] if any(word.startswith("--run.steps") for word in arguments) else [f"--run.steps={STEPS}"]
+    config, runtime = join([*arguments, *length])
+    before = resident_bytes("VmRSS")
+    engine = fresh_engine(config, runtime)
+    engine.set_learning_rate(1e-4)
+    data = config.data
+    batches = [random_batch(config)] * (data.global_batch_size // (data.micro_batch_size * runtime.data_size))
 
     def step() -> None:
-        engine.forward_backward([batch])
+        engine.forward_backward(batches)
         engine.step()
 
-    data = config.data
     tokens = data.global_batch_size * data.sequence_length
     return step, {
         "parameters": sum(logical.numel for logical in logical_parameters(config.model)),
         "tokens": tokens,
         "flops": flops_per_token(config.model, data.sequence_length) * tokens,
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "zero_stage": engine.zero_stage,
         "matmul_peak": measure_matmul_peak(engine.dtype),
+        "before_bytes": before,
     }
 
 
 def peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Step, dict[str, Any]]:
-    """A step of transformers' model; facts: the name of its class."""
+    """A step of transformers' model, on several ranks under torch's DistributedDataParallel.
+
+    Facts: the name of its class, and `before_bytes` as of ours.
+    """
+    import importlib
+
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     from megagamma.config.io import parse_config
+    from megagamma.environment import keep_gloo_on_this_host, world_from_environment
     from megagamma.huggingface.formats import choose_format, export_config
+    from megagamma.planning.drawing import resident_bytes
 
-    config = parse_config([*_COMMON, *arguments])
+    ranks = world_from_environment().size
+    config = parse_config([*COMMON, *arguments], world_size=ranks)
     target = choose_format(config.model)
     values = export_config(config, target, torch.float32, {}, {}) | {"use_cache": False}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    getattr(transformers, target.architecture)  # imports the model's module
+    importlib.import_module("torch._dynamo")
+    before = resident_bytes("VmRSS")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    forward = torch.compile(model) if compiled else model
+    forward: Any = torch.compile(model) if compiled else model
+    if ranks > 1:
+        keep_gloo_on_this_host()
+        torch.distributed.init_process_group("gloo")
+        forward = torch.nn.parallel.DistributedDataParallel(forward, gradient_as_bucket_view=True)
     batch = random_batch(config)
 
     def step() -> None:
@@ -131,7 +164,7 @@ def peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Ste
         adam.step()
         adam.zero_grad()
 
-    return step, {"class": target.architecture}
+    return step, {"class": target.architecture, "before_bytes": before}
 
 
 def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -152,12 +185,11 @@ def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] 
     arguments = shape_arguments(shape)
     ours = Contender(OURS, our_step, [*arguments, *extra], sleeping_threads=True)
     contenders = [ours, *(Contender(name, peer_step, arguments, *PEERS[name]) for name in peers)]
-    facts = dict(ours.facts)
+    facts = {key: value for key, value in ours.facts.items() if key not in _OF_A_PROCESS}
     found = speeds(in_turns(contenders, rounds), facts["tokens"])
     for contender in contenders:
         found[contender.name]["start_seconds"] = contender.facts["start_seconds"]
         contender.close()
-    del facts["start_seconds"]
     best = max(peers, key=lambda name: found[name]["tokens_per_second"], default=None)
     rate = found[OURS]["tokens_per_second"]
     return {

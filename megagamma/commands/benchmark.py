@@ -1,13 +1,23 @@
 """Measure speed as ratios: ours and what a user would pick instead, taken in turns on one machine.
 
-    megagamma benchmark [init] [loss] [train] [checkpoint] [convert] [--quick] [--page docs/performance.md] [--json FILE]
+    megagamma benchmark [BENCHMARK ...] [--quick] [--page docs/performance.md] [--json FILE] [--model.hidden_size 512 ...]
 
-train: steps of several shapes against the class of transformers that the model exports to, under torch's AdamW, eager and
-compiled, in fp32 and bf16; each in a process of its own, same tokens, same threads. A shape's name may end in -gated: with
-gate and q/k-norm, against Qwen3_5ForCausalLM; else without both, against LlamaForCausalLM. init: the counter-based
-streams against `torch.normal_`. loss: against torch's cross-entropy. checkpoint: saving and loading against plain files.
-convert: writing Hugging Face weights against copying the checkpoint's. Further options, such as `--model.hidden_size 512`,
-are for ours in train, and for the model in checkpoint and convert. It needs the source tree.
+train       steps of several shapes against the class of transformers that the model exports to, under torch's AdamW,
+            eager and compiled, fp32 and bf16; each in a process of its own, same tokens, same threads. A shape's name may
+            end in -gated: with gate and q/k-norm, against Qwen3_5ForCausalLM; else without, against LlamaForCausalLM
+ranks       steps on two data-parallel processes of one thread: ours in fp32 and bf16, and the peer in fp32 under torch's
+            DistributedDataParallel
+zero        steps on one rank in fp32: ZeRO 1 against ZeRO 0, the default there
+overhead    a run of configs/demo.yaml on two ranks with its metrics, guard, replica check and other standard callbacks,
+            against the same without any
+curves      what ours costs over parameters, sequence length, micro-batch and ranks: tokens/s and peak memory
+memory      peak memory of ours, of the peer, and what the memory plan says
+init        the counter-based streams against `torch.normal_`
+loss        the loss and its gradient against torch's cross-entropy
+checkpoint  saving and loading against plain files of the same bytes
+convert     writing Hugging Face weights against copying the checkpoint's
+
+Further options are for ours: in the first six, and for the model in checkpoint and convert. It needs the source tree.
 """
 
 from __future__ import annotations
@@ -22,7 +32,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megagamma.benchmarks.comparisons import measure_overhead, measure_ranks, measure_zero
+from megagamma.benchmarks.costs import measure_curves, measure_memory
 from megagamma.benchmarks.training import PEERS, build, measure, preset, random_batch, shape_arguments
+
+PRESETS = ["1m", "3m", "10m", "17m", "30m", "60m"]
+"""Shapes of the curve over parameters."""
+QUICK_PEERS = [name for name in PEERS if "fp32" in name]
 
 
 def in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> tuple[float, float]:
@@ -101,7 +117,7 @@ def benchmark_checkpoint(repeats: int, arguments: list[str]) -> dict[str, Any]:
 
     config, engine = build(["--config", preset("model/30m"), *arguments])
     batch = random_batch(config)
-    state = {"config": as_dict(config), "consumed_samples": 0, "seconds": 0.0, "tokenizer": "", "progress": {}}
+    state = {"config": as_dict(config), "consumed_samples": 4, "seconds": 0.0, "tokenizer": "", "progress": {}}
     with tempfile.TemporaryDirectory(dir=".") as name:
         folder = Path(name)
         saver = Saver(engine, folder / "checkpoints")
@@ -226,45 +242,62 @@ def benchmark_convert(repeats: int, arguments: list[str]) -> dict[str, Any]:
     return found
 
 
+def _measures(args: argparse.Namespace, rest: list[str]) -> dict[str, Callable[[], Any]]:
+    """Every benchmark by its name, in the order of a call without names."""
+    quick, repeats = args.quick, args.repeats
+    few = max(3, repeats // 3)
+    shape = args.shape
+    return {
+        "init": lambda: benchmark_init(repeats),
+        "loss": lambda: benchmark_loss(repeats),
+        "train": lambda: [measure(shape, repeats, args.peers, rest) for shape in args.shapes],
+        "ranks": lambda: measure_ranks(shape, repeats, rest),
+        "zero": lambda: measure_zero(shape, repeats, rest),
+        "overhead": lambda: measure_overhead(20 if quick else 200, rest),
+        "curves": lambda: measure_curves(shape, PRESETS[:2] if quick else PRESETS, 1 if quick else 5, quick, rest),
+        "memory": lambda: [measure_memory(name, rest) for name in ([shape] if quick else [shape, "60m"])],
+        "checkpoint": lambda: benchmark_checkpoint(few, rest),
+        "convert": lambda: benchmark_convert(few, rest),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the requested benchmarks and print one line each."""
     parser = argparse.ArgumentParser(
         prog="megagamma benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ["init", "loss", "train", "checkpoint", "convert"]
-    parser.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("which", nargs="*", metavar="BENCHMARK", help="names of the list above; default: all")
     parser.add_argument("--repeats", type=int, default=12, help="measured calls or turns of each side (default 12)")
     parser.add_argument(
         "--shapes", nargs="+", default=["toy", "demo", "17m"], help="of train: toy, demo, or presets of configs/model"
     )
+    parser.add_argument(
+        "--shape", default="17m", help="of ranks, zero, curves and memory, which adds 60m (default 17m)"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="of train; default: all")
-    parser.add_argument("--quick", action="store_true", help="under three minutes: fewer turns, the two smaller shapes")
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="under three minutes: fewer turns, steps and points, small shapes, peers in fp32 alone",
+    )  # fmt: skip
     parser.add_argument("--page", help="write the numbers as a page of docs")
     parser.add_argument("--json", help="write the numbers to this file too")
     args, rest = parser.parse_known_args(arguments)
+    if args.quick:
+        args.repeats, args.shapes, args.shape = min(args.repeats, 3), args.shapes[:2], "1m"
+        args.peers = [name for name in args.peers if name in QUICK_PEERS]
+    measures = _measures(args, rest)
     for which in args.which:
-        if which not in names:
-            parser.error(f"{which} is not a benchmark: use {', '.join(names)}")
+        if which not in measures:
+            parser.error(f"{which} is not a benchmark: use {', '.join(measures)}")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} must be at least 1")
-    if args.quick:
-        args.repeats, args.shapes = min(args.repeats, 3), args.shapes[:2]
     from megagamma.benchmarks.page import machine, page
 
     for shape in args.shapes:
         shape_arguments(shape)  # refuses where the source tree is missing, before anything is measured
     results: dict[str, Any] = {"machine": machine()}
-    for which in args.which or names:
-        if which == "init":
-            results[which] = benchmark_init(args.repeats)
-        elif which == "loss":
-            results[which] = benchmark_loss(args.repeats)
-        elif which == "train":
-            results[which] = [measure(shape, args.repeats, args.peers, rest) for shape in args.shapes]
-        elif which == "convert":
-            results[which] = benchmark_convert(max(3, args.repeats // 3), rest)
-        else:
-            results[which] = benchmark_checkpoint(max(3, args.repeats // 3), rest)
+    for which in args.which or measures:
+        results[which] = measures[which]()
         print(which, json.dumps(results[which]), flush=True)
     from megagamma.files import write_json, write_text
 

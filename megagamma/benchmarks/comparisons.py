@@ -1,0 +1,125 @@
+"""Ours against torch's data parallelism, ZeRO 1 against ZeRO 0 on one rank, and a run's callbacks against none."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from megagamma.benchmarks.contenders import Contender, Step, in_turns, speeds
+from megagamma.benchmarks.training import OURS, our_step, peer_step, preset, shape_arguments
+
+DDP = "transformers fp32, torch DDP"
+RANKS = 2
+"""Data-parallel processes, of one thread each."""
+
+
+def measure_ranks(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """Tokens per second of `RANKS` data-parallel ranks: ours in fp32 and bf16, and the peer in fp32 under torch's DDP.
+
+    Args:
+        shape: see `shape_arguments`; every rank has its 4 sequences.
+        rounds: turns of each contender.
+        extra: options of ours alone.
+    """
+    arguments = [*shape_arguments(shape), f"--data.global_batch_size={4 * RANKS}", "--data.micro_batch_size=4"]
+    contenders = [
+        Contender(
+            f"{OURS} {dtype}", our_step, [*arguments, f"--precision.dtype={dtype}", *extra],
+            ranks=RANKS, sleeping_threads=True,
+        )
+        for dtype in ("fp32", "bf16")
+    ]  # fmt: skip
+    contenders.append(Contender(DDP, peer_step, arguments, False, False, ranks=RANKS))
+    return _compare(contenders, rounds, DDP, shape)
+
+
+def measure_zero(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """Tokens per second on one rank in fp32 under ZeRO 1, and under ZeRO 0, the default there; arguments as above."""
+    contenders = [
+        Contender(
+            f"ZeRO {stage}", our_step,
+            [*shape_arguments(shape), "--precision.dtype=fp32", f"--deepspeed_config={preset(f'deepspeed/zero{stage}', 'json')}", *extra],
+            sleeping_threads=True,
+        )
+        for stage in (1, 0)
+    ]  # fmt: skip
+    return _compare(contenders, rounds, "ZeRO 0", shape)
+
+
+def _compare(contenders: Sequence[Contender], rounds: int, reference: str, shape: str) -> dict[str, Any]:
+    """Speeds of all by name, and their ratios to the reference."""
+    tokens = contenders[0].facts["tokens"]
+    found = speeds(in_turns(contenders, rounds), tokens)
+    for contender in contenders:
+        contender.close()
+    rate = found[reference]["tokens_per_second"]
+    return {
+        "shape": shape, "parameters": contenders[0].facts["parameters"], "tokens": tokens, "contenders": found,
+        "reference": reference,
+        "zero_stages": {one.name: one.facts["zero_stage"] for one in contenders if "zero_stage" in one.facts},
+        "ratios": {name: values["tokens_per_second"] / rate for name, values in found.items() if name != reference},
+    }  # fmt: skip
+
+
+def trainer_step(folder: str, extra: Sequence[str], with_callbacks: bool) -> tuple[Step, dict[str, Any]]:
+    """A step of a run of configs/demo.yaml, on the embedded corpus `tiny`, with the standard callbacks or without any.
+
+    Validation is off, and nothing is saved: both are work of their own, which users ask for by an interval.
+    """
+    from megagamma.config.io import parse_config
+    from megagamma.environment import keep_freed_memory, world_from_environment
+    from megagamma.job import prepare
+    from megagamma.training.callbacks.standard import standard_callbacks
+    from megagamma.training.loop import Trainer
+
+    world = world_from_environment()
+    keep_freed_memory()
+    arguments = [
+        *("--config", preset("demo"), "--run.device=cpu", f"--run.folder={folder}/run", "--run.steps=1000000"),
+        *("--data.corpus=tiny", f"--data.cache={folder}/data", "--model.vocab_size=4096"),
+        *(f"--data.micro_batch_size={16 // world.size}", "--validation.interval=0", *extra),
+    ]
+    config = parse_config(arguments, world_size=world.size)
+    session = prepare(config, world)
+    trainer = Trainer(session, standard_callbacks(config) if with_callbacks else [])
+    for callback in trainer.callbacks:
+        callback.begin()
+    return trainer._train_step, {}
+
+
+def measure_overhead(steps: int, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """What metrics, guard, replica check and the other standard callbacks add to a step, on `RANKS` ranks.
+
+    Args:
+        steps: of each; a multiple of 100 holds every default interval a whole number of times.
+        extra: options of the run, such as its shape.
+
+    Returns:
+        Seconds of a mean step with and without, and the share that the callbacks add.
+    """
+    names = {"with": True, "without": False}
+    turn = 5
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        folders = {"with": first, "without": second}
+        contenders = [
+            Contender(
+                f"a run {name} callbacks", trainer_step, folders[name], list(extra), given,
+                ranks=RANKS, sleeping_threads=True,
+            )
+            for name, given in names.items()
+        ]  # fmt: skip
+        times: list[list[float]] = [[], []]
+        for number in range(max(1, steps // turn)):
+            # Who begins changes, so that neither always follows the other.
+            for index in (0, 1) if number % 2 else (1, 0):
+                times[index] += contenders[index].run(turn)
+        for contender in contenders:
+            contender.close()
+    means = [sum(values) / len(values) for values in times]
+    return {
+        "steps": len(times[0]),
+        "seconds_with": means[0],
+        "seconds_without": means[1],
+        "share_of_a_step": means[0] / means[1] - 1,
+    }
