@@ -24,6 +24,7 @@ SHAPE = [
     *("--data.corpus", "tiny", "--model.vocab_size", "500", "--model.hidden_size", "64", "--model.num_layers", "4"),
     *("--model.num_attention_heads", "4", "--model.num_query_groups", "2", "--model.ffn_hidden_size", "96"),
     *("--data.sequence_length", "32", "--data.micro_batch_size", "1", "--data.global_batch_size", "8"),
+    "--precision.dtype=fp32",
 ]
 
 

@@ -36,10 +36,10 @@ def measure_ranks(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[st
 
 def measure_zero(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[str, Any]:
     """Tokens per second on one rank in fp32 under ZeRO 1, and under ZeRO 0, the default there; arguments as above."""
+    arguments = [*shape_arguments(shape), "--precision.dtype=fp32", *extra]
     contenders = [
         Contender(
-            f"ZeRO {stage}", our_step,
-            [*shape_arguments(shape), "--precision.dtype=fp32", f"--deepspeed_config={preset(f'deepspeed/zero{stage}', 'json')}", *extra],
+            f"ZeRO {stage}", our_step, [*arguments, f"--deepspeed_config={preset(f'deepspeed/zero{stage}', 'json')}"],
             sleeping_threads=True,
         )
         for stage in (1, 0)

@@ -59,7 +59,8 @@ def test_points_of_other_machines_are_reported(
     tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By plan, at a start and by collect, in a line each for device, dtype and world; where the config leaves it open."""
-    path = write(tmp_path, set={"data.cache": data_cache}, launch={"processes": 1}, rules={})
+    given = {"data.cache": data_cache, "precision.dtype": "auto"}
+    path = write(tmp_path, set=given, launch={"processes": 1}, rules={})
     folder, states = folder_of(path, tmp_path / "state")
     arguments = [str(path), "--state", str(folder.path)]
     for state in states[:3]:

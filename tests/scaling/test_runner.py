@@ -155,7 +155,7 @@ def test_a_tuned_point_that_is_behind_is_ended(tmp_path: Path, data_cache: str) 
     with folder.lock():
         folder.claim(sweep)
         states = folder.states(expand(sweep, folder.points), sweep.retries)
-        command.register(folder, states, command.code_hash())
+        command.register(folder, states, command.code_hash(), on_cpus=True)
         said: list[str] = []
         runner = Runner(folder, states, divide(2, 1, False), 0, sweep.stop_lost, said.append, look_seconds=0.1)
 

@@ -47,7 +47,7 @@ def registered(path: Path, folder: SweepFolder) -> list[PointState]:
     sweep = read_sweep(path)
     folder.claim(sweep)
     states = folder.states(expand(sweep, folder.points), sweep.retries)
-    command.register(folder, states, command.code_hash())
+    command.register(folder, states, command.code_hash(), on_cpus=True)
     return states
 
 
