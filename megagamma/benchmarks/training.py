@@ -52,7 +52,7 @@ def shape_arguments(shape: str) -> list[str]:
 
 
 def join(arguments: Sequence[str]) -> tuple[Any, Any]:
-    """(config, runtime) of this process on its CPU, everything imported that a step needs."""
+    """(config, runtime) of this process, on its CPU unless told otherwise, everything imported that a step needs."""
     import importlib
 
     from megagamma.config.io import parse_config
@@ -63,7 +63,7 @@ def join(arguments: Sequence[str]) -> tuple[Any, Any]:
     world = world_from_environment()
     config = parse_config([*COMMON, "--run.device=cpu", *arguments], world_size=world.size)
     runtime = Runtime(config, world)
-    import_deepspeed(on_cpu=True)
+    import_deepspeed(runtime.device.type == "cpu")
     importlib.import_module("torch._dynamo")  # optimizers import it when they are made
     return config, runtime
 
