@@ -247,7 +247,7 @@ def run_command(arguments: list[str]) -> tuple[int, str, str]:
     Runtime.close()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main_guard(lambda: command.main([*SHAPE, *arguments]))
+        code = main_guard(lambda: command.main([*SHAPE, "--precision.dtype=auto", *arguments]))
     return code, out.getvalue(), err.getvalue()
 
 
@@ -294,7 +294,7 @@ def test_the_exit_code_is_1_when_a_check_fails(one_rank: RankPool) -> None:
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Found before any world is made, so that it needs no process of its own."""
-    assert main_guard(lambda: command.main([*SHAPE, *arguments])) == 2
+    assert main_guard(lambda: command.main([*SHAPE, "--precision.dtype=auto", *arguments])) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("error:") == 1 and len(err.splitlines()) == 1
 

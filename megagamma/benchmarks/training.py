@@ -54,8 +54,7 @@ def shape_arguments(shape: str) -> list[str]:
 
 
 def join(arguments: Sequence[str]) -> tuple[Any, Any]:
-    """(config, runtime) of this process on its CPU, everything imported that a step needs."""
-
+    """(config, runtime) of this process, on its CPU unless told otherwise, everything imported that a step needs."""
     from megagamma.config.io import parse_config
     from megagamma.distributed.compat.deepspeed import import_deepspeed
     from megagamma.distributed.runtime import Runtime
@@ -64,7 +63,7 @@ def join(arguments: Sequence[str]) -> tuple[Any, Any]:
     world = world_from_environment()
     config = parse_config([*COMMON, "--run.device=cpu", *arguments], world_size=world.size)
     runtime = Runtime(config, world)
-    import_deepspeed(on_cpu=True)
+    import_deepspeed(runtime.device.type == "cpu")
     return config, runtime
 
 
