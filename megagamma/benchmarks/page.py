@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megagamma.benchmarks.training import OURS
+from megagamma.benchmarks.training import OURS, STEPS
 from megagamma.environment import FAST_BF16, cores_of_this_process, cpu_flags
 
 _PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed")
@@ -42,7 +42,7 @@ def training_table(results: list[Mapping[str, Any]]) -> str:
         ours = contenders[OURS]["tokens_per_second"]
         for name, values in contenders.items():
             ratio = "" if name == OURS else f"{ours / values['tokens_per_second']:.2f}"
-            label = f"{name} {result['dtype']}" if name == OURS else name
+            label = f"{name} {result['dtype']}{', compiled' * result['compiled']}" if name == OURS else name
             shape = f"{result['shape']}, {result['parameters'] / 1e6:.3g}M" if name == OURS else ""
             lines.append(
                 f"| {shape} | {'**' + label + '**' if name in (OURS, result['best_peer']) else label} "
@@ -114,7 +114,8 @@ def page(command: str, results: Mapping[str, Any]) -> str:
             "## Training", "",
             "A step: forward, backward, clipping, AdamW. transformers' class is the one that the model exports to:",
             "LlamaForCausalLM, or Qwen3_5ForCausalLM for the shapes named gated (gate, q/k-norm). The best peer is in bold.",
-            "`start` is until the third step, compilation included: a compiled peer pays it in every new process.", "",
+            "`start` is until the third step, compilation included: a compiled peer pays it in every new process. Ours has the",
+            f"default options, and chooses dtype and compiling as a run of {STEPS:,} steps does.", "",
             training_table(results["train"]), "",
         ]  # fmt: skip
     if "ranks" in results:
@@ -127,7 +128,7 @@ def page(command: str, results: Mapping[str, Any]) -> str:
     if "zero" in results:
         lines += [
             "## ZeRO 1 on one rank", "",
-            f"fp32, shape {results['zero']['shape']}. There is nothing to shard there; ZeRO 0 is the default.", "",
+            f"fp32, shape {results['zero']['shape']}. There is nothing to shard: such a run is made under ZeRO 0.", "",
             ratios_table(results["zero"]), "",
         ]  # fmt: skip
     if "overhead" in results:
@@ -142,7 +143,7 @@ def page(command: str, results: Mapping[str, Any]) -> str:
     if "curves" in results:
         lines += [
             "## Cost by size", "",
-            f"Ours alone, fp32, one point after the other; shape {results['curves']['shape']} but for the first table. Peak is",
+            f"Ours alone, default options, one point after the other; shape {results['curves']['shape']} but for the first table. Peak is",
             "the resident memory of the fullest process, libraries included.", "",
             *curve_tables(results["curves"]["curves"]),
         ]  # fmt: skip

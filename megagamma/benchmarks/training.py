@@ -92,6 +92,7 @@ def random_batch(config: Any) -> Any:
 def our_step(arguments: Sequence[str]) -> tuple[Step, dict[str, Any]]:
     """A step of ours, and facts of the model; `before_bytes` is what was resident before it was built."""
     from megagamma.environment import keep_freed_memory
+    from megagamma.model import regions
     from megagamma.model.parameters import logical_parameters
     from megagamma.planning.drawing import resident_bytes
     from megagamma.planning.flops import flops_per_token, measure_matmul_peak
@@ -116,6 +117,7 @@ def our_step(arguments: Sequence[str]) -> tuple[Step, dict[str, Any]]:
         "tokens": tokens,
         "flops": flops_per_token(config.model, data.sequence_length) * tokens,
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "compiled": regions.are_compiled(),
         "zero_stage": engine.zero_stage,
         "matmul_peak": measure_matmul_peak(engine.dtype),
         "before_bytes": before,

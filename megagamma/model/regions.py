@@ -21,6 +21,11 @@ def compile_regions(on: bool) -> None:
     _compiled = on
 
 
+def are_compiled() -> bool:
+    """What `compile_regions` chose last."""
+    return _compiled
+
+
 class Region:
     """A function of tensors in two forms that differ in rounding only."""
 

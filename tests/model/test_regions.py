@@ -79,4 +79,4 @@ def test_a_compiled_region() -> None:
 
 
 def test_off_unless_asked_for() -> None:
-    assert not regions._compiled
+    assert not regions.are_compiled()
