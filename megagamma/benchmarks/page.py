@@ -143,8 +143,9 @@ def page(command: str, results: Mapping[str, Any]) -> str:
     if "curves" in results:
         lines += [
             "## Cost by size", "",
-            f"Ours alone, default options, one point after the other; shape {results['curves']['shape']} but for the first table. Peak is",
-            "the resident memory of the fullest process, libraries included.", "",
+            "Ours alone, default options, one point after the other; shape",
+            f"{results['curves']['shape']} but for the first table. Peak is the resident memory of the fullest process,",
+            "libraries included.", "",
             *curve_tables(results["curves"]["curves"]),
         ]  # fmt: skip
     if "memory" in results:

@@ -36,6 +36,7 @@ from megagamma.runs.provenance import source_commit
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
+from megagamma.scaling.paired import paired_differences, paired_lines
 from megagamma.scaling.plan import Speed, make_plan, plan_text, speed_of
 from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
@@ -252,8 +253,9 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     results.write_table(folder, rows)
     summary = results.summary(sweep, states)
     warnings = best_values(sweep, states)[1] + results.machine_warnings(states)
+    paired = paired_differences(sweep, states)
     if as_json:
-        print(json.dumps({"rows": rows, "summary": summary, "warnings": warnings}, indent=2))
+        print(json.dumps({"rows": rows, "summary": summary, "warnings": warnings, "paired": paired}, indent=2))
         return
     cells = [
         (
@@ -267,6 +269,8 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     print("\n" + fitted_table(titles, cells))
     if any(row["best"] for row in summary):
         print("* best of its tuned axes")
+    for line in paired_lines(paired):
+        print(line)
     print(learning_rate_line(sweep, [state.point for state in states]))
     for warning in warnings:
         print(f"WARNING {warning}")
