@@ -33,7 +33,7 @@ def _points(shape: str, presets: Sequence[str]) -> Iterator[tuple[str, str, int,
 
 
 def measure_curves(
-    shape: str, presets: Sequence[str], steps: int, ends_only: bool = False, extra: Sequence[str] = ()
+    shape: str, presets: Sequence[str], steps: int, last_only: bool = False, extra: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Tokens per second and peak resident memory of ours over parameters, sequence length, micro-batch and ranks.
 
@@ -41,7 +41,7 @@ def measure_curves(
         shape: of all curves but the first, see `shape_arguments`.
         presets: shapes of the first.
         steps: measured at each point, one point after the other.
-        ends_only: the first and the last point of each curve alone.
+        last_only: the last point of each curve alone.
         extra: further options of ours.
 
     Returns:
@@ -52,7 +52,7 @@ def measure_curves(
         curves.setdefault(curve, []).append(point)
     found: dict[str, Any] = {}
     for curve, points in curves.items():
-        for label, ranks, arguments in (points[0], points[-1]) if ends_only else points:
+        for label, ranks, arguments in points[-1:] if last_only else points:
             contender = Contender(
                 f"{curve} {label}", our_step, [*arguments, *extra], ranks=ranks, sleeping_threads=True
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sequence_length", type=int, default=4096, help="unit: tokens (default 4096)")
     parser.add_argument("--micro_batch_size", type=int, default=4, help="sequences of a step (default 4)")
     parser.add_argument("--steps", type=int, default=20, help="measured (default 20)")
-    parser.add_argument("--tests", nargs="+", default=["tests", "-m", "gpu"], help=argparse.SUPPRESS)
+    parser.add_argument("--tests", default="tests -m gpu", help="arguments of pytest (default: tests -m gpu)")
     args, rest = parser.parse_known_args(arguments)
     require_gpu(args.device)
     tree = source_tree()
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--model.vocab_size=32000", f"--data.sequence_length={args.sequence_length}",
         f"--data.global_batch_size={args.micro_batch_size}", f"--data.micro_batch_size={args.micro_batch_size}", *rest,
     ]  # fmt: skip
-    tests = run_tests(tree, args.tests)
+    tests = run_tests(tree, shlex.split(args.tests))
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(0) if args.device == "cuda" else "cpu",
         "cuda": torch.version.cuda,

@@ -32,7 +32,7 @@ def test_without_a_gpu_it_ends_at_once(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.launcher
 def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
     output = tmp_path / "check"
-    tests = ["--tests", "tests/initialization/test_streams.py", "-k", PASSING]
+    tests = ["--tests", f"tests/initialization/test_streams.py -k {PASSING}"]
     assert gpu_check.main([*TINY, "--output", str(output), *tests]) == 0
     found = json.loads(output.with_suffix(".json").read_text())
     assert [(name.split(".")[-1], outcome) for name, outcome in found["tests"].items()] == [(PASSING, "passed")]
@@ -49,7 +49,7 @@ def test_the_whole_way_on_a_cpu(tmp_path: Path) -> None:
 @pytest.mark.launcher
 def test_no_test_or_a_benchmark_that_fails_is_no_success(tmp_path: Path) -> None:
     output = tmp_path / "check"
-    tests = ["--tests", "tests/initialization/test_streams.py", "-k", FAILING]
+    tests = ["--tests", f"tests/initialization/test_streams.py -k {FAILING}"]
     assert gpu_check.main([*TINY, "--model.num_layers=-1", "--output", str(output), *tests]) == 1
     found = json.loads(output.with_suffix(".json").read_text())
     assert found["tests"] == {} and "model.num_layers=-1" in found["benchmark"]["error"]

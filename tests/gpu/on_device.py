@@ -9,7 +9,7 @@ from typing import Any
 
 VARIANTS = {
     "fp32": ["--precision.dtype=fp32"],
-    "fp32, drawn otherwise": ["--precision.dtype=fp32", "--run.seed=5"],
+    "fp32, drawn larger": ["--precision.dtype=fp32", "--init.gamma=0.5"],
     "bf16": ["--precision.dtype=bf16"],
     "bf16, ZeRO 2": ["--precision.dtype=bf16", "--deepspeed_config=configs/deepspeed/zero2.json"],
     "bf16, ZeRO 3": ["--precision.dtype=bf16", "--deepspeed_config=configs/deepspeed/zero3.json"],
