@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from megagamma.errors import DistributedError
 
 # Variables of other launchers, which would say who the process is.
 _LAUNCHERS = (
@@ -31,10 +34,12 @@ _LAUNCHERS = (
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, below those that systems give to outgoing connections, one of which could take it."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise DistributedError("no free port: 100 ports between 20000 and 32000 are in use: end what listens on them")
 
 
 def context() -> ForkServerContext:

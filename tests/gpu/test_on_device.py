@@ -77,7 +77,7 @@ def test_a_compiled_model_is_the_model(measured: dict[str, Any]) -> None:
     assert found["compiled gradient"] == pytest.approx(found["eager gradient"], rel=1e-3)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), *DEVICES[1:]])
 def test_a_run_saves_resumes_and_exports(device: str, root: Path, data_cache: str, tmp_path: Path) -> None:
     arguments = [
         "megagamma/pretrain.py", "--config", "configs/smoke.yaml", "--data.cache", data_cache,
