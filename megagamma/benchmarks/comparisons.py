@@ -1,4 +1,4 @@
-"""Ours against torch's data parallelism, ZeRO 1 against ZeRO 0 on one rank, and a run's callbacks against none."""
+"""Ours against torch's data parallelism, and a run's callbacks against none."""
 
 from __future__ import annotations
 
@@ -32,19 +32,6 @@ def measure_ranks(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[st
     ]  # fmt: skip
     contenders.append(Contender(DDP, peer_step, arguments, False, False, ranks=RANKS))
     return _compare(contenders, rounds, DDP, shape)
-
-
-def measure_zero(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """Tokens per second on one rank in fp32 under ZeRO 1, and under ZeRO 0, the default there; arguments as above."""
-    arguments = [*shape_arguments(shape), "--precision.dtype=fp32", *extra]
-    contenders = [
-        Contender(
-            f"ZeRO {stage}", our_step, [*arguments, f"--deepspeed_config={preset(f'deepspeed/zero{stage}', 'json')}"],
-            sleeping_threads=True,
-        )
-        for stage in (1, 0)
-    ]  # fmt: skip
-    return _compare(contenders, rounds, "ZeRO 0", shape)
 
 
 def _compare(contenders: Sequence[Contender], rounds: int, reference: str, shape: str) -> dict[str, Any]:

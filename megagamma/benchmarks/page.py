@@ -125,12 +125,6 @@ def page(command: str, results: Mapping[str, Any]) -> str:
             "transformers' class in fp32 under torch's DistributedDataParallel, gradients as views of its buckets.", "",
             ratios_table(results["ranks"]), "",
         ]  # fmt: skip
-    if "zero" in results:
-        lines += [
-            "## ZeRO 1 on one rank", "",
-            f"fp32, shape {results['zero']['shape']}. There is nothing to shard: such a run is made under ZeRO 0.", "",
-            ratios_table(results["zero"]), "",
-        ]  # fmt: skip
     if "overhead" in results:
         over = results["overhead"]
         lines += [

@@ -7,7 +7,6 @@ train       steps of several shapes against the class of transformers that the m
             end in -gated: with gate and q/k-norm, against Qwen3_5ForCausalLM; else without, against LlamaForCausalLM
 ranks       steps on two data-parallel processes of one thread: ours in fp32 and bf16, and the peer in fp32 under torch's
             DistributedDataParallel
-zero        steps on one rank in fp32: ZeRO 1 against ZeRO 0, the default there
 overhead    a run of configs/demo.yaml on two ranks with its metrics, guard, replica check and other standard callbacks,
             against the same without any
 curves      what ours costs over parameters, sequence length, micro-batch and ranks: tokens/s and peak memory
@@ -32,7 +31,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from megagamma.benchmarks.comparisons import measure_overhead, measure_ranks, measure_zero
+from megagamma.benchmarks.comparisons import measure_overhead, measure_ranks
 from megagamma.benchmarks.costs import measure_curves, measure_memory
 from megagamma.benchmarks.training import PEERS, build, measure, preset, random_batch, shape_arguments
 
@@ -252,7 +251,6 @@ def _measures(args: argparse.Namespace, rest: list[str]) -> dict[str, Callable[[
         "loss": lambda: benchmark_loss(repeats),
         "train": lambda: [measure(shape, repeats, args.peers, rest) for shape in args.shapes],
         "ranks": lambda: measure_ranks(shape, repeats, rest),
-        "zero": lambda: measure_zero(shape, repeats, rest),
         "overhead": lambda: measure_overhead(20 if quick else 200, rest),
         "curves": lambda: measure_curves(shape, PRESETS[:2] if quick else PRESETS, 1 if quick else 5, quick, rest),
         "memory": lambda: [measure_memory(name, rest) for name in ([shape] if quick else [shape, "60m"])],
@@ -271,9 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", nargs="+", default=["toy", "demo", "17m"], help="of train: toy, demo, or presets of configs/model"
     )
-    parser.add_argument(
-        "--shape", default="17m", help="of ranks, zero, curves and memory, which adds 60m (default 17m)"
-    )
+    parser.add_argument("--shape", default="17m", help="of ranks, curves and memory, which adds 60m (default 17m)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="of train; default: all")
     parser.add_argument(
         "--quick", action="store_true",
