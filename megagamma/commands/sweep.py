@@ -26,7 +26,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from megagamma.environment import has_fast_bf16, visible_gpus
+from megagamma.config.resolve import planned_dtype
+from megagamma.config.rules import data_parallel_size
+from megagamma.environment import visible_gpus
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.launching.slurm import SlurmError
 from megagamma.reporting.tables import fitted_table
@@ -232,16 +234,24 @@ def register(folder: SweepFolder, states: list[PointState], code: str, on_cpus: 
     commit = source_commit()
     todo = [state for state in states if not state.is_final and state.status not in ("running", "queued")]
     if todo and on_cpus and not folder.choices:
-        folder.choose(
-            _choices(max(todo, key=lambda s: (s.point.config.precision.dtype == "auto", s.point.flops)).point)
-        )
+        folder.choose(_choices([state.point for state in todo]))
     for state in todo:
         folder.register(state, code, commit)
 
 
-def _choices(largest: Point) -> dict[str, str]:
+def _choices(points: list[Point]) -> dict[str, str]:
+    """For all points alike: arms of a study must not differ in it. The largest says what is faster."""
+
+    def planned(point: Point) -> str:
+        replicas = data_parallel_size(point.config, point.launch.processes)
+        return planned_dtype(point.config, replicas, "cpu")
+
+    open_ones = [point for point in points if point.config.precision.dtype == "auto"]
+    largest = max(open_ones or points, key=lambda point: point.flops)
     config = largest.sized
-    if largest.flops < _SHORT_FLOPS and (config.precision.dtype != "auto" or not has_fast_bf16()):
+    if any(planned(point) == "fp32" for point in open_ones):
+        config.precision.dtype = "fp32"  # one cannot, or should not, be bf16: none is
+    if largest.flops < _SHORT_FLOPS and config.precision.dtype != "auto":
         return {"dtype": "fp32", "compile": "off"}  # what would be found, without loading torch
     from megagamma.training.choices import choose_for_sweep
 

@@ -18,7 +18,7 @@ from megagamma.config.rules import (
     data_parallel_size,
     divisors,
 )
-from megagamma.config.schema import Config, resolve_model
+from megagamma.config.schema import ROLES, Config, resolve_model
 from megagamma.environment import has_fast_bf16
 from megagamma.errors import ConfigurationError
 
@@ -46,18 +46,25 @@ def resolve(config: Config) -> Config:
     return config
 
 
+def is_drawn_small(config: Config) -> bool:
+    """Whether any matrix is drawn with a gamma above the usual 0.5, where bf16 is not shown to be as good as fp32: see
+    docs/lab_notebook.md."""
+    init = config.init
+    return init.scheme == "gamma" and any(init.exponents.get(role, init.gamma) > 0.5 for role in ROLES)
+
+
 def planned_dtype(config: Config, data_parallel_size: int, device: Literal["cpu", "cuda"]) -> Literal["fp32", "bf16"]:
     """`precision.dtype` of a run, with `auto` decided.
 
-    auto is bf16 on a GPU and on a CPU that has instructions for it, but fp32 under a DeepSpeed file with ZeRO 0, which keeps
-    no fp32 master weights. Of a CPU it is a plan: a run measures, and may take fp32.
+    auto is bf16 on a GPU, and on a CPU that has instructions for it where weights are not drawn small; but fp32 under a
+    DeepSpeed file with ZeRO 0, which keeps no fp32 master weights. Of a CPU it is a plan: a run measures, and may take fp32.
 
     Raises:
         ConfigurationError: DeepSpeed's file is missing or not usable.
     """
     if config.precision.dtype != "auto":
         return config.precision.dtype
-    if device == "cpu" and not has_fast_bf16():
+    if device == "cpu" and (not has_fast_bf16() or is_drawn_small(config)):
         return "fp32"
     return "bf16" if zero_stage(deepspeed_values(config, data_parallel_size, bf16=True)) else "fp32"
 

@@ -254,8 +254,8 @@ class PrecisionConfig:
     """Numeric format of weights and activations; the optimizer's state is fp32 in any case."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, and on a CPU where it multiplies this model's matrices in bf16 several times as fast as in fp32
-    (AMX, AVX-512 bf16, Arm); else fp32, and under a DeepSpeed file with ZeRO 0, which keeps no master weights."""
+    """auto: bf16 on a GPU; on a CPU too, where it multiplies this model's matrices in bf16 several times as fast (AMX, AVX-512
+    bf16, Arm) and no gamma is above 0.5; else fp32, and under a DeepSpeed file with ZeRO 0, which keeps no master weights."""
 
 
 @dataclass

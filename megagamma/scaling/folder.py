@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.config.io import save_config
-from megagamma.config.resolve import planned_dtype
-from megagamma.config.rules import data_parallel_size
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import copy_file, first_free, read_json, write_json
 from megagamma.launching.attempts import AttemptLog
@@ -187,10 +185,7 @@ class SweepFolder:
         # The point keeps its `auto`, by which it is recognised; what runs has what was chosen for all.
         config = copy.deepcopy(state.point.config)
         if config.precision.dtype == "auto" and "dtype" in self.choices:
-            replicas = data_parallel_size(config, state.point.launch.processes)
-            # Under a DeepSpeed file with ZeRO 0 it is fp32 whatever is faster.
-            possible = planned_dtype(config, replicas, "cpu")
-            config.precision.dtype = "fp32" if possible == "fp32" else self.choices["dtype"]
+            config.precision.dtype = self.choices["dtype"]
         if config.run.compile == "auto" and "compile" in self.choices:
             config.run.compile = self.choices["compile"]
         save_config(config, state.folder / "point.yaml")

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from megagamma.config.resolve import planned_dtype
+from megagamma.config.resolve import is_drawn_small, planned_dtype
 from megagamma.config.rules import data_parallel_size
 from megagamma.config.schema import Config
 from megagamma.data.schedule import total_steps
 from megagamma.distributed.runtime import Runtime
-from megagamma.environment import choose_threads
+from megagamma.environment import choose_threads, has_fast_bf16
 from megagamma.errors import ConfigurationError
 from megagamma.model.norm import NORM
 from megagamma.model.regions import Region
@@ -95,6 +95,11 @@ def _decide_dtype(config: Config, replicas: int, device: torch.device, kept: str
         return _DTYPES[planned], slow if ratio < 1 else ""
     if kept in ("float32", "bfloat16"):
         return getattr(torch, kept), ""
+    if on_cpu and has_fast_bf16() and is_drawn_small(config):
+        return torch.float32, (
+            "precision.dtype: fp32: bf16 was not shown to be as good for weights drawn with a gamma above 0.5 (docs/"
+            "lab_notebook.md); --precision.dtype bf16 takes it"
+        )
     if planned == "fp32" or not on_cpu:
         return _DTYPES[planned], ""
     ratio = products_ratio(config)

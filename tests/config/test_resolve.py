@@ -34,6 +34,7 @@ TINY = ["--data.corpus", "tiny"]
         ("auto", 3, 4, "cuda", "bf16"),
         ("auto", 2, 4, "cpu", "bf16"),
         ("auto", 2, 4, "cpu without bf16", "fp32"),
+        ("auto", 2, 4, "cpu, small weights", "fp32"),
         ("fp32", None, 1, "cuda", "fp32"),
         ("bf16", None, 1, "cpu", "bf16"),
     ],
@@ -42,13 +43,14 @@ def test_planned_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, stage: int | None, ranks: int, device, expected: str
 ) -> None:
     monkeypatch.setattr(resolve, "has_fast_bf16", lambda: device != "cpu without bf16")
-    arguments = [*TINY, "--precision.dtype", dtype]
+    gamma = "1" if device == "cpu, small weights" else "0.5"
+    arguments = [*TINY, "--precision.dtype", dtype, "--init.gamma", gamma]
     if stage is not None:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         arguments += ["--deepspeed_config", str(path)]
     config = parse_config(arguments, world_size=ranks)
-    assert planned_dtype(config, ranks, device[:4].strip()) == expected
+    assert planned_dtype(config, ranks, "cpu" if device.startswith("cpu") else "cuda") == expected
 
 
 def test_deepspeed_agrees_with_the_planned_dtype(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,18 +10,23 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import RankPool
+from support.sweeps import write
 from support.train import run_trainer
 
+from megagamma.commands import sweep
 from megagamma.config import resolve
 from megagamma.config.io import parse_config
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 from megagamma.model.regions import Region
+from megagamma.scaling.points import expand
+from megagamma.scaling.spec import read_sweep
 from megagamma.training import choices
 from megagamma.training.choices import Choices, choose, choose_for_sweep, products_ratio
 
 MODEL = (
-    "--data.corpus=tiny", "--model.vocab_size=512", "--model.hidden_size=32", "--data.sequence_length=32", "--run.steps=20"
+    "--data.corpus=tiny", "--model.vocab_size=512", "--model.hidden_size=32", "--data.sequence_length=32", "--run.steps=20",
+    "--init.gamma=0.5",
 )  # fmt: skip
 
 
@@ -40,6 +45,7 @@ def rank(device: str = "cpu", size: int = 1) -> Any:
 def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A CPU with bf16 instructions that multiplies eight times as fast with them; too short a run to compile."""
     monkeypatch.setattr(resolve, "has_fast_bf16", lambda: True)
+    monkeypatch.setattr(choices, "has_fast_bf16", lambda: True)
     monkeypatch.setattr(choices, "products_ratio", lambda config: 8.0)
     return monkeypatch
 
@@ -61,6 +67,27 @@ def test_dtype_on_a_cpu(fast: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "use fp32" in choose(config_of("--precision.dtype", "bf16"), rank()).lines[0]
     fast.setattr(resolve, "has_fast_bf16", lambda: False)
     assert choose(config_of(), rank()) == Choices(torch.float32, False)
+
+
+def test_small_weights_stay_in_fp32(fast: pytest.MonkeyPatch) -> None:
+    for small in (("--init.gamma", "1"), ("--init.query", "0.6")):
+        found = choose(config_of(*small), rank())
+        assert found.dtype == torch.float32 and "not shown to be as good" in found.lines[0]
+        assert choose(config_of(*small, "--precision.dtype", "bf16"), rank()).dtype == torch.bfloat16
+        fast.setattr(choices, "has_fast_bf16", lambda: False)
+        assert choose(config_of(*small), rank()).lines == (), "no news on a CPU where it would be fp32 anyhow"
+        fast.setattr(choices, "has_fast_bf16", lambda: True)
+    # Another scheme has no gamma.
+    assert choose(config_of("--init.gamma", "1", "--init.scheme", "fixed"), rank()).dtype == torch.bfloat16
+
+
+def test_arms_of_a_sweep_have_one_dtype(fast: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def chosen(**changes: Any) -> dict[str, str]:
+        path = write(tmp_path, rules={}, seeds=[1], set={"precision.dtype": "auto"}, **changes)
+        return sweep._choices(expand(read_sweep(path), tmp_path))
+
+    assert chosen(axes={"init.gamma": [0.5]})["dtype"] == "bf16"
+    assert chosen(axes={"init.gamma": [0.5, 1.0]})["dtype"] == "fp32"
 
 
 def test_a_resume_keeps_what_was_chosen(fast: pytest.MonkeyPatch) -> None:
