@@ -11,7 +11,7 @@ Bits     Philox4x64-10. The 128-bit key is BLAKE2b of (format version, seed, nam
          the same integers in torch.
 Normals  Box-Muller from operations that IEEE 754 rounds correctly, each a kernel of its own (nothing for a
          compiler to contract into a fused multiply-add): float32 add, subtract, multiply and square root,
-         int32 -> float32 conversion, min/max/floor/copysign and integer arithmetic. No libm or CUDA
+         int32 -> float32 conversion, min/max/floor and integer arithmetic. No libm or CUDA
          ``log``/``sin``/``cos``, whose last bits differ between libraries. Python floats passed as operands
          are exact in float32. One source serves NumPy (CPU) and torch (other devices): both spell these
          operations alike, but for ``_copy`` and ``_sqrt``.
@@ -121,12 +121,12 @@ def _polynomial(xp, coefficients, x, out) -> None:
     xp.add(out, coefficients[-1], out=out)
 
 
-def _box_muller(xp, high, low, first, second, scratch, iscratch) -> None:
-    """Two normals for each (high, low) pair of int32; ``iscratch`` is the float32 ``scratch`` as int32."""
+def _box_muller(xp, words, z, scratch, iscratch) -> None:
+    """Two adjacent normals in ``z`` for each int64 word; ``iscratch`` is the float32 ``scratch`` as int32."""
     t, p, e, r = scratch
-    _, ip, ie, _ = iscratch
+    it, ip, ie, ir = iscratch
     # t in [-1/2, 1/2], never 0, is the uniform number u if positive, else u - 1: precise at both ends.
-    _copy(t, high)
+    _copy(t, words.view(it.dtype)[_HIGH::2])
     xp.multiply(t, 2.0**-32, out=t)
     xp.add(t, 2.0**-33, out=t)
     # ln u = ln(1 + f) + exponent * ln 2, f in [-1/2, 0]: f = t and exponent = 0 where t < 0 (there p = 1),
@@ -146,17 +146,18 @@ def _box_muller(xp, high, low, first, second, scratch, iscratch) -> None:
     xp.add(r, t, out=r)
     _sqrt(r)
     # Angle pi/2 * x, x in [-1, 1], from the low 31 bits; the top bit turns it by pi: the radius' sign.
-    _copy(ie, low)
-    xp.copysign(r, e, out=r)
+    _copy(ie, words)  # the low halves
+    xp.bitwise_and(ie, -0x80000000, out=it)
+    xp.bitwise_or(ir, it, out=ir)  # r > 0; NumPy's copysign takes five times as long
     xp.add(ie, ie, out=ie)
     _copy(t, ie)
     xp.multiply(t, 2.0**-31, out=t)
     xp.multiply(t, t, out=p)
     _polynomial(xp, _COS, p, e)
-    xp.multiply(e, r, out=first)
+    xp.multiply(e, r, out=z[0::2])
     _polynomial(xp, _SIN, p, e)
     xp.multiply(e, t, out=e)
-    xp.multiply(e, r, out=second)
+    xp.multiply(e, r, out=z[1::2])
 
 
 class _Worker:
@@ -185,8 +186,8 @@ class _Worker:
     def arange(self, stop: int):
         return np.arange(stop, dtype=np.int64) if self.host else torch.arange(stop, device=self.device)
 
-    def _halves(self, first, blocks: int, dense: bool, attempt: int):
-        """int32 halves of the words of ``blocks`` blocks from each block in ``first``, in element order."""
+    def _words(self, first, blocks: int, dense: bool, attempt: int):
+        """The words, as int64, of ``blocks`` blocks from each block in ``first``, in element order."""
         if self.host and (dense or blocks >= _SHORT or len(first) <= _FEW):
             counter = self.state["state"]["counter"]
             counter[3] = attempt
@@ -202,19 +203,19 @@ class _Worker:
                     words = raw
                 else:
                     words[row] = raw
-            return words.reshape(-1).view(np.int32)
+            return words.reshape(-1).view(np.int64)
         number = (first[:, None] + self.arange(blocks)).reshape(-1)
-        words = self.xp.stack(philox(number, self.key, attempt), -1).reshape(-1)
-        return words.view(np.int32 if self.host else torch.int32)
+        return self.xp.stack(philox(number, self.key, attempt), -1).reshape(-1)
 
-    def draw(self, first, blocks: int, dense: bool, limit: float | None):
-        """Normals of ``blocks`` blocks from each block in ``first``; ``dense``: these follow each other."""
-        pairs = 4 * blocks * len(first)
-        halves = self._halves(first, blocks, dense, 0)
-        z = self.z[: 2 * pairs]
-        scratch, iscratch = [[s[:pairs] for s in group] for group in (self.scratch, self.iscratch)]
-        high, low = halves[_HIGH::2], halves[1 - _HIGH :: 2]
-        _box_muller(self.xp, high, low, z[0::2], z[1::2], scratch, iscratch)
+    def draw(self, first, blocks: int, dense: bool, limit: float | None, out=None):
+        """Normals of ``blocks`` blocks from each block in ``first``, in ``out`` or in scratch memory.
+
+        ``dense``: the ranges of blocks follow each other. ``out``: float32, of exactly their size.
+        """
+        words = self._words(first, blocks, dense, 0)
+        z = self.z[: 2 * len(words)] if out is None else out
+        scratch, iscratch = [[s[: len(words)] for s in group] for group in (self.scratch, self.iscratch)]
+        _box_muller(self.xp, words, z, scratch, iscratch)
         if limit is not None:
             self._redraw(z, first, blocks, dense, limit)
         return z
@@ -229,17 +230,14 @@ class _Worker:
             pair = bad // 2
             # On the CPU whichever is fastest: the bits of all elements anew, or those of single blocks.
             if self.host and 1000 * count > len(z) and (dense or blocks >= _SHORT):
-                halves = self._halves(first, blocks, dense, attempt)
-                high, low = halves[2 * pair + _HIGH], halves[2 * pair + 1 - _HIGH]
+                words = self._words(first, blocks, dense, attempt)[pair]
             else:
                 block = bad // _BLOCK
                 block = first[block // blocks] + block % blocks
-                halves = self._halves(block, 1, False, attempt).reshape(count, _BLOCK)
-                lane, row = 2 * (pair % 4), self.arange(count)
-                high, low = halves[row, lane + _HIGH], halves[row, lane + 1 - _HIGH]
+                words = self._words(block, 1, False, attempt)[4 * self.arange(count) + pair % 4]
             both = self._empty(2 * count)
-            _box_muller(self.xp, high, low, both[:count], both[count:], *self._scratch(count))
-            fresh = both[self.arange(count) + bad % 2 * count]
+            _box_muller(self.xp, words, both, *self._scratch(count))
+            fresh = both[2 * self.arange(count) + bad % 2]
             z[bad] = fresh
             bad = bad[self._beyond(fresh, limit)]
 
@@ -271,9 +269,15 @@ def _fill_rows(out: Tensor, key, base: int, stride: int, scale: float, limit: fl
             start = base + row * stride + column
             first = (worker.arange(k) * stride + start) // _BLOCK
             dense = k == 1 or stride == blocks * _BLOCK
-            z = worker.draw(first, blocks, dense, limit)
+            # Whole blocks that lie in memory as they are drawn are drawn in their place.
+            in_place = n == blocks * _BLOCK and (start | stride) % _BLOCK == 0 and target.is_contiguous()
+            in_place = in_place and target.dtype == torch.float32
+            place = (target.view(-1).numpy() if worker.host else target.view(-1)) if in_place else None
+            z = worker.draw(first, blocks, dense, limit, place)
             if scale != 1.0:
                 worker.xp.multiply(z, scale, out=z)
+            if in_place:
+                continue
             z = (torch.from_numpy(z) if worker.host else z).view(k, blocks * _BLOCK)
             # Rows whose starts agree modulo the block size are copied together.
             period = _BLOCK // math.gcd(stride, _BLOCK)

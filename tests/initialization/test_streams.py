@@ -208,11 +208,15 @@ GOLDEN_TRUNCATED = "d247b1e10b4eeb02067ecf785a74bd81de82f0130d8301a154e72ff3ec27
 
 
 def box_muller(xp, high, low):
+    """Radius (with the sign that the angle gives it), first and second normal of each pair of halves."""
     to = torch.from_numpy if xp is torch else (lambda a: a)
-    scratch = [to(np.empty(len(high), np.float32)) for _ in range(6)]
-    views = [s.view(torch.int32 if xp is torch else np.int32) for s in scratch[:4]]
-    streams._box_muller(xp, to(high), to(low), scratch[4], scratch[5], scratch[:4], views)
-    return [np.asarray(s) for s in scratch[3:]]
+    halves = (low, high) if streams._HIGH else (high, low)
+    words = to(np.stack(halves, -1).reshape(-1).view(np.int64))
+    scratch = [to(np.empty(len(high), np.float32)) for _ in range(4)]
+    views = [s.view(torch.int32 if xp is torch else np.int32) for s in scratch]
+    z = to(np.empty(2 * len(high), np.float32))
+    streams._box_muller(xp, words, z, scratch, views)
+    return [np.ascontiguousarray(s) for s in (scratch[3], z[0::2], z[1::2])]
 
 
 def test_box_muller_against_float64():
