@@ -41,6 +41,8 @@ _IRRELEVANT = {
     "parallel": ("memory_gib",),
     "logging": ("console_interval", "wandb", "wandb_project", "wandb_group"),
 }
+# Options that came later: at their default a point is what it was before.
+_ADDED = {("run", "compile"): "auto"}
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,9 @@ def content_hash(config: Config, data: list[Any], as_given: bool = False) -> str
     for section, keys in _IRRELEVANT.items():
         for key in keys:
             values[section].pop(key, None)
+    for (section, key), default in _ADDED.items():
+        if values[section][key] == default:
+            del values[section][key]
     if not as_given:
         for section, options in values.items():
             if isinstance(options, dict):
