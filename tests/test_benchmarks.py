@@ -12,15 +12,16 @@ from megagamma.errors import MegagammaError
 
 @pytest.mark.launcher
 def test_two_contenders_in_turns() -> None:
-    result = measure("toy", 1, ["transformers fp32"], ["--run.compile=off", "--precision.dtype=fp32"])
-    assert set(result["contenders"]) == {OURS, "transformers fp32"} and result["best_peer"] == "transformers fp32"
+    result = measure("toy", 1, ["transformers fp32"], ["--run.compile=off"], ["fp32"])
+    ours = f"{OURS} fp32"
+    assert list(result["contenders"]) == [ours, "transformers fp32"] and result["peer_class"] == "LlamaForCausalLM"
     for values in result["contenders"].values():
         assert 0 < values["low"] <= values["tokens_per_second"] <= values["high"]
     speeds = [values["tokens_per_second"] for values in result["contenders"].values()]
-    assert result["ratio"] == pytest.approx(speeds[0] / speeds[1])
+    assert result["ratio"] == result["contenders"][ours]["ratio"] == pytest.approx(speeds[0] / speeds[1])
     assert result["parameters"] == 98_624 and result["tokens"] == 1024
     text = page("python tools/benchmark.py train", {"machine": machine(), "train": [result]})
-    assert f"**{OURS} float32** | {speeds[0]:,.0f} |" in text and f"| {speeds[0] / speeds[1]:.2f} |" in text
+    assert f"**{ours}** | {speeds[0]:,.0f} |" in text and f"| {speeds[0] / speeds[1]:.2f} |" in text
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,8 +40,8 @@ def test_shapes() -> None:
 
 
 def test_a_contender_that_ends_is_named() -> None:
-    with pytest.raises(MegagammaError, match="benchmark: megagamma ended with exit code 1"):
-        measure("toy", 1, [], ["--optimizer.lr=-1"])
+    with pytest.raises(MegagammaError, match="benchmark: megagamma fp32 ended with exit code 1"):
+        measure("toy", 1, [], ["--optimizer.lr=-1"], ["fp32"])
 
 
 @pytest.mark.launcher

@@ -29,7 +29,6 @@ _TOY = {
     "model.ffn_hidden_size": 128, "model.vocab_size": 128, "data.sequence_length": 32,
     "data.global_batch_size": 32, "data.micro_batch_size": 32,
 }  # fmt: skip
-_OF_A_PROCESS = ("start_seconds", "before_bytes", "peak_bytes")
 COMMON = ["--data.global_batch_size=4", "--data.micro_batch_size=4", "--data.corpus=tiny", "--model.vocab_size=4096"]
 """Options of ours and of the peers."""
 STEPS = 20_000
@@ -168,7 +167,9 @@ def peer_step(arguments: Sequence[str], compiled: bool, bf16: bool) -> tuple[Ste
     return step, {"class": target.architecture, "before_bytes": before}
 
 
-def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] = (), dtypes: Sequence[str] = ("fp32", "bf16")
+) -> dict[str, Any]:
     """Tokens per second of every contender on one shape.
 
     Args:
@@ -176,26 +177,42 @@ def measure(shape: str, rounds: int, peers: Sequence[str], extra: Sequence[str] 
         rounds: turns of each contender.
         peers: names of `PEERS`.
         extra: options of ours alone.
+        dtypes: of ours.
 
     Raises:
         MegagammaError: a contender ended by itself.
 
     Returns:
-        Facts of the model, and by contender the median and the tenth and ninetieth percentile of tokens per second.
+        Facts of the model; by contender the median and the tenth and ninetieth percentile of tokens per second, the seconds of
+        its start, and of ours its ratio to the best peer of the same dtype, whether it is compiled, and its share of the
+        matmul peak of its dtype; the ratio of our best to the best peer of all.
     """
     arguments = shape_arguments(shape)
-    ours = Contender(OURS, our_step, [*arguments, *extra], sleeping_threads=True)
-    contenders = [ours, *(Contender(name, peer_step, arguments, *PEERS[name]) for name in peers)]
-    facts = {key: value for key, value in ours.facts.items() if key not in _OF_A_PROCESS}
-    found = speeds(in_turns(contenders, rounds), facts["tokens"])
+    ours = {
+        dtype: Contender(
+            f"{OURS} {dtype}", our_step, [*arguments, f"--precision.dtype={dtype}", *extra], sleeping_threads=True
+        )
+        for dtype in dtypes
+    }
+    contenders = [*ours.values(), *(Contender(name, peer_step, arguments, *PEERS[name]) for name in peers)]
+    facts = contenders[0].facts
+    found: dict[str, dict[str, Any]] = {**speeds(in_turns(contenders, rounds), facts["tokens"])}
     for contender in contenders:
         found[contender.name]["start_seconds"] = contender.facts["start_seconds"]
         contender.close()
-    best = max(peers, key=lambda name: found[name]["tokens_per_second"], default=None)
-    rate = found[OURS]["tokens_per_second"]
+
+    def rate(name: str) -> float:
+        return float(found[name]["tokens_per_second"])
+
+    for dtype, contender in ours.items():
+        values, peak = found[contender.name], contender.facts["matmul_peak"]
+        rivals = [rate(name) for name in peers if PEERS[name][1] == (dtype == "bf16")]
+        values["ratio"] = rate(contender.name) / max(rivals) if rivals else None
+        values["compiled"], values["matmul_peak"] = contender.facts["compiled"], peak
+        values["share_of_matmul_peak"] = facts["flops"] / facts["tokens"] * rate(contender.name) / peak
+    best = max(map(rate, peers), default=None)
     return {
-        "shape": shape, **facts, "contenders": found, "best_peer": best,
+        "shape": shape, "parameters": facts["parameters"], "tokens": facts["tokens"], "contenders": found,
         "peer_class": contenders[-1].facts.get("class"),
-        "ratio": rate / found[best]["tokens_per_second"] if best else None,
-        "share_of_matmul_peak": facts["flops"] / facts["tokens"] * rate / facts["matmul_peak"],
+        "ratio": max(rate(one.name) for one in ours.values()) / best if best else None,
     }  # fmt: skip

@@ -34,6 +34,7 @@ from typing import Any
 from megagamma.benchmarks.comparisons import measure_overhead, measure_ranks
 from megagamma.benchmarks.costs import measure_curves, measure_memory
 from megagamma.benchmarks.training import PEERS, build, measure, preset, random_batch, shape_arguments
+from megagamma.environment import has_fast_bf16
 
 PRESETS = ["1m", "3m", "10m", "17m", "30m", "60m"]
 """Shapes of the curve over parameters."""
@@ -246,10 +247,11 @@ def _measures(args: argparse.Namespace, rest: list[str]) -> dict[str, Callable[[
     quick, repeats = args.quick, args.repeats
     few = max(3, repeats // 3)
     shape = args.shape
+    dtypes = ("fp32", "bf16") if has_fast_bf16() else ("fp32",)
     return {
         "init": lambda: benchmark_init(repeats),
         "loss": lambda: benchmark_loss(repeats),
-        "train": lambda: [measure(shape, repeats, args.peers, rest) for shape in args.shapes],
+        "train": lambda: [measure(shape, repeats, args.peers, rest, dtypes) for shape in args.shapes],
         "ranks": lambda: measure_ranks(shape, repeats, rest),
         "overhead": lambda: measure_overhead(20 if quick else 200, rest),
         "curves": lambda: measure_curves(shape, PRESETS[:2] if quick else PRESETS, 1 if quick else 5, quick, rest),
@@ -267,7 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("which", nargs="*", metavar="BENCHMARK", help="names of the list above; default: all")
     parser.add_argument("--repeats", type=int, default=12, help="measured calls or turns of each side (default 12)")
     parser.add_argument(
-        "--shapes", nargs="+", default=["toy", "demo", "17m"], help="of train: toy, demo, or presets of configs/model"
+        "--shapes",
+        nargs="+",
+        default=["toy", "demo", "17m", "17m-gated"],
+        help="of train: toy, demo, or presets; -gated",
     )
     parser.add_argument("--shape", default="17m", help="of ranks, curves and memory, which adds 60m (default 17m)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="of train; default: all")
