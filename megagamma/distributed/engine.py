@@ -27,7 +27,7 @@ from megagamma.config.deepspeed import zero_stage
 from megagamma.config.schema import Config
 from megagamma.data.contracts import Batch, EvaluationSet
 from megagamma.distributed.compat import deepspeed as compat
-from megagamma.distributed.compat.torch import AdamW
+from megagamma.distributed.compat.torch import adamw
 from megagamma.distributed.deepspeed_config import fill_deepspeed_config
 from megagamma.distributed.norm import sum_of_squares
 from megagamma.distributed.runtime import Runtime
@@ -132,7 +132,7 @@ class Engine:
             sum_replicated_gradients(parameter_map)
         for tensor in parameter_map:
             compat.mark_pipeline_copy(tensor.parameter, tensor.is_copy)
-        adam = AdamW(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True)
+        adam = adamw(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True)
         self.deepspeed = compat.initialize(
             deepspeed,
             model=_Chunks(chunks),

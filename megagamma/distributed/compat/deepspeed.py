@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megagamma.distributed.compat.torch import compiled_when_called
 from megagamma.distributed.norm import sum_of_squares
 
 
@@ -43,7 +44,7 @@ def initialize(deepspeed: Any, **arguments: Any) -> Any:
     from deepspeed.runtime import bf16_optimizer
 
     bf16_optimizer.get_global_norm_of_tensors = _exact_norm_of_tensors
-    with _without_prints():
+    with _without_prints(), compiled_when_called():  # it imports its Muon
         engine, *_ = deepspeed.initialize(**arguments)
     if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
         _spare_passes_over_gradients(engine, engine.optimizer)

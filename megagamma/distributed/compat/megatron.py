@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megagamma.distributed.compat.torch import compiled_when_called
 
 
 class _TorchOnCPU:
@@ -71,22 +73,6 @@ def own_groups_only() -> Iterator[None]:
         parallel_state.generate_masked_orthogonal_rank_groups = enumerate_ranks
 
 
-def _compiled_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`torch.compile`, which does nothing before the first call of what it decorates."""
-    if function is None:
-        return functools.partial(_compiled_when_called, **options)
-
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(function, **options)
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        return compiled()(*arguments, **named)
-
-    return call
-
-
 def preload() -> None:
     """Import Megatron-core without torch's compiler and without wandb. Optional; before anything else imports it.
 
@@ -94,14 +80,12 @@ def preload() -> None:
     much time as all the rest, also where none of these functions is ever called, as on a CPU. Here they are compiled when
     they are first called. wandb is for Megatron-core's inference engine, which nobody runs here.
     """
-    whole = torch.compile
-    torch.compile = _compiled_when_called  # type: ignore[assignment]
     hidden = "wandb" not in sys.modules
     if hidden:
         sys.modules["wandb"] = None  # type: ignore[assignment] # an ImportError for whoever imports it
     try:
-        import megatron.core  # noqa: F401
+        with compiled_when_called():
+            import megatron.core  # noqa: F401
     finally:
-        torch.compile = whole
         if hidden:
             del sys.modules["wandb"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,22 +18,48 @@ def process_groups() -> set[Any]:
     return set(dist.distributed_c10d._world.pg_map)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which can be made and stepped without loading the compiler, which takes a second or two.
+def _compiled_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`torch.compile`, which does nothing before the first call of what it decorates."""
+    if function is None:
+        return functools.partial(_compiled_when_called, **options)
 
-    torch loads it to say that it is to leave optimizers alone. Nothing here compiles one.
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return compiled()(*arguments, **named)
+
+    return call
+
+
+@contextlib.contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """What is imported inside and decorated with `torch.compile` is compiled when it is first called: the compiler is not
+    loaded for what nobody calls."""
+    whole = torch.compile
+    torch.compile = _compiled_when_called  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = whole
+
+
+def adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.AdamW:
+    """torch's AdamW, made and stepped without loading the compiler, which takes a second or two.
+
+    torch loads it to say that it is to leave optimizers alone. Nothing here compiles one. The class stays torch's: DeepSpeed
+    warns of any other.
     """
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        for method in vars(torch.optim.Optimizer).values():
-            plain = getattr(method, "__wrapped__", None)
-            if inspect.isfunction(method) and plain and method.__code__.co_filename == torch._compile.__file__:
-                vars(plain).setdefault("__dynamo_disable", plain)  # where the wrapper looks first
-        super().__init__(*arguments, **named)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+    for method in vars(torch.optim.Optimizer).values():
+        plain = getattr(method, "__wrapped__", None)
+        if inspect.isfunction(method) and plain and method.__code__.co_filename == torch._compile.__file__:
+            vars(plain).setdefault("__dynamo_disable", plain)  # where the wrapper looks first
+    optimizer = torch.optim.AdamW(groups, **options)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    optimizer.step = functools.partial(step, optimizer)  # type: ignore[method-assign]
+    return optimizer
 
 
 @contextlib.contextmanager
