@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def choose_for_sweep(config: Config, processes: int) -> dict[str, str]:
     torch.set_num_threads(choose_threads(config.run.threads, processes))
     try:
         replicas = data_parallel_size(config, processes)
-        found = _decide(config, replicas, device, _lacks_compiler(device, config.run.compile), {})
+        found = _decide(config, replicas, device, compiler_problem(device), {})
     finally:
         torch.set_num_threads(before)
     dtype = next(name for name, value in _DTYPES.items() if str(value) == f"torch.{found['dtype']}")
@@ -71,7 +73,7 @@ def choose(config: Config, runtime: Runtime, kept: Mapping[str, Any] | None = No
     Raises:
         ConfigurationError: run.compile is on, and a host lacks a compiler.
     """
-    problems = [text for text in runtime.gather(_lacks_compiler(runtime.device, config.run.compile)) if text]
+    problems = [text for text in runtime.gather(compiler_problem(runtime.device)) if text]
     found = runtime.run_on_rank0(
         lambda: _decide(config, runtime.data_size, runtime.device, problems[0] if problems else "", kept or {})
     )
@@ -134,11 +136,14 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _lacks_compiler(device: torch.device, wanted: str) -> str:
-    """Why this host cannot compile, as far as is known without loading the compiler; empty when it may."""
-    if wanted == "off" or device.type == "cuda":
+def compiler_problem(device: torch.device) -> str:
+    """Why this host cannot compile, as far as is known without loading torch's compiler; empty when it may."""
+    if device.type == "cuda":
         return ""
-    return "" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "this host has no C++ compiler"
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "this host has no C++ compiler"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if headers.exists() else f"this host lacks Python's headers ({headers})"
 
 
 def _decide_compiled(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
+import torch
 from support.ranks import RankPool
 from support.train import train_steps
+
+from megagamma.training.choices import compiler_problem
 
 LAYOUTS = {
     "ZeRO 3, full recomputation": "--deepspeed_config=configs/deepspeed/zero3.json --model.recompute=full",
@@ -14,7 +15,7 @@ LAYOUTS = {
     "pipeline, headwise gate": "--parallel.pipeline=2 --model.attention_gate=headwise",
     "ZeRO 1, no q/k-norm, no gate": "--model.attention_gate=none --model.qk_norm=false",
 }
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(compiler_problem(torch.device("cpu")) != "", reason="no C++ compiler")
 
 
 @pytest.mark.parametrize(

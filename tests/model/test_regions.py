@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from megagamma.model import norm, regions, rotary
 from megagamma.model.attention import _gate
 from megagamma.model.regions import Region, compile_regions
 from megagamma.model.swiglu import SWIGLU
+from megagamma.training.choices import compiler_problem
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_formulas_are_what_torch_runs(name: str) -> None:
         assert distance(results(region.formula, arguments), expected) > 2 * tolerance
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(compiler_problem(torch.device("cpu")) != "", reason="no C++ compiler")
 def test_a_compiled_region() -> None:
     """Really compiled: equal to rounding, and only where gradients are asked for."""
     compile_regions(True)

@@ -22,7 +22,7 @@ from megagamma.model.regions import Region
 from megagamma.scaling.points import expand
 from megagamma.scaling.spec import read_sweep
 from megagamma.training import choices
-from megagamma.training.choices import Choices, choose, choose_for_sweep, products_ratio
+from megagamma.training.choices import Choices, choose, choose_for_sweep, compiler_problem, products_ratio
 
 MODEL = (
     "--data.corpus=tiny", "--model.vocab_size=512", "--model.hidden_size=32", "--data.sequence_length=32", "--run.steps=20",
@@ -104,7 +104,7 @@ def test_compiling(fast: pytest.MonkeyPatch) -> None:
     fast.setattr(Region, "kernel", property(lambda self: "compiled"))
     seconds = {"compiled": 0.005}
     fast.setattr(choices, "_pass", lambda function, inputs: seconds.get(function, 0.02))
-    fast.setattr(choices.shutil, "which", lambda name: "/usr/bin/" + name)
+    fast.setattr(choices, "compiler_problem", lambda device: "")
     long = ("--run.steps", "100000")
     found = choose(config_of(*long), rank())
     assert found.compiled and "on: norms and SwiGLU save 45.00 ms" in found.lines[1]
@@ -114,7 +114,7 @@ def test_compiling(fast: pytest.MonkeyPatch) -> None:
     seconds["compiled"] = 0.03  # slower
     assert not choose(config_of(*long), rank()).compiled
     # Without a compiler: off with one line, and an error where it is asked for.
-    fast.setattr(choices.shutil, "which", lambda name: None)
+    fast.setattr(choices, "compiler_problem", lambda device: "this host has no C++ compiler")
     found = choose(config_of(*long), rank())
     assert not found.compiled and found.lines[1] == "run.compile: off: this host has no C++ compiler"
     with pytest.raises(ConfigurationError, match=r"run\.compile=on: this host has no C\+\+ compiler: install"):
@@ -128,9 +128,20 @@ def test_a_compiler_that_fails_is_no_end(fast: pytest.MonkeyPatch) -> None:
 
     fast.setattr(Region, "kernel", property(fail))
     fast.setattr(choices, "_pass", lambda function, inputs: 0.02)
-    fast.setattr(choices.shutil, "which", lambda name: name)
+    fast.setattr(choices, "compiler_problem", lambda device: "")
     found = choose(config_of("--run.steps", "100000"), rank())
     assert not found.compiled and found.lines[1] == "run.compile: off: the compiler failed: Python.h: no such file"
+
+
+def test_what_a_host_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(choices.shutil, "which", lambda name: name if name == "g++" else None)
+    monkeypatch.setattr(choices.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert compiler_problem(cpu) == f"this host lacks Python's headers ({tmp_path}/Python.h)"
+    (tmp_path / "Python.h").touch()
+    assert compiler_problem(cpu) == ""
+    monkeypatch.setattr(choices.shutil, "which", lambda name: None)
+    assert compiler_problem(cpu) == "this host has no C++ compiler"
 
 
 def test_measured_here() -> None:
