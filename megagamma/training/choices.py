@@ -175,6 +175,8 @@ def _decide_compiled(
     eager = [(count, region, inputs, _pass(region.eager, inputs)) for count, region, inputs in regions]
     if sum(count * calls * seconds for count, _, _, seconds in eager) < _SHORT:
         return False, ""
+    if config.run.timeout_minutes < 2:  # other ranks wait while the compiler works
+        return False, ""
     if lacking:
         return False, f"run.compile: off: {lacking}"
     begin, saved = time.perf_counter(), 0.0
