@@ -46,6 +46,7 @@ from megagamma.scaling.tuning import best_values, last_loss, learning_rate_line
 
 # A point of fewer FLOPs takes seconds, in which compiling cannot pay. Unit: FLOPs.
 _SHORT_FLOPS = 6e11
+_SAFE = {"dtype": "fp32", "compile": "off"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -225,18 +226,20 @@ def notice_other_code(
     return others if strict_code else []
 
 
-def register(folder: SweepFolder, states: list[PointState], code: str, on_cpus: bool) -> None:
+def register(folder: SweepFolder, states: list[PointState], code: str, on_cpus: bool, measure: bool = True) -> None:
     """Write what the points that will run are into their folders.
 
     Args:
-        on_cpus: all run on CPUs: decide here, once, what `auto` is for their dtype and for compiling.
+        on_cpus: all run on CPUs: decide here, once, what `auto` is for their dtype and for compiling. Where points have begun
+            without that, the others are left as open as those were.
+        measure: this machine is like those that will run them; else fp32 without compiling, which every machine can.
     """
     commit = source_commit()
     todo = [state for state in states if not state.is_final and state.status not in ("running", "queued")]
-    if todo and on_cpus and not folder.choices:
-        folder.choose(_choices([state.point for state in todo]))
+    if todo and on_cpus and not folder.choices and not any(state.attempts for state in states):
+        folder.choose(_choices([state.point for state in states]) if measure else _SAFE)
     for state in todo:
-        folder.register(state, code, commit)
+        folder.register(state, code, commit, folder.choices if on_cpus else {})
 
 
 def _choices(points: list[Point]) -> dict[str, str]:
@@ -252,7 +255,7 @@ def _choices(points: list[Point]) -> dict[str, str]:
     if any(planned(point) == "fp32" for point in open_ones):
         config.precision.dtype = "fp32"  # one cannot, or should not, be bf16: none is
     if largest.flops < _SHORT_FLOPS and config.precision.dtype != "auto":
-        return {"dtype": "fp32", "compile": "off"}  # what would be found, without loading torch
+        return _SAFE  # what would be found, without loading torch
     from megagamma.training.choices import choose_for_sweep
 
     return choose_for_sweep(config, largest.launch.processes)
@@ -433,7 +436,7 @@ def submit(args: argparse.Namespace) -> int:
             folder.set_aside(state)
         for state in states:
             slurm.freeze(state.point, tree)
-        register(folder, states, code, all(point.config.run.device == "cpu" for point in points))
+        register(folder, states, code, all(point.config.run.device == "cpu" for point in points), measure=False)
 
     result, values = slurm.submit_sweep(
         args, sweep, folder, points, check_points, prepared_states, register_frozen, say

@@ -11,7 +11,7 @@ from megagamma.errors import ConfigurationError
 from megagamma.reading import Unreadable, read_json_value
 
 AUTO = "auto"
-OFFLOAD = "offload_optimizer"
+_OFFLOADS = ("offload_optimizer", "cpu_offload")  # the second is an older spelling
 
 
 def built_in(stage: int) -> dict[str, Any]:
@@ -63,7 +63,12 @@ def deepspeed_values(config: Config, data_parallel_size: int, bf16: bool) -> dic
         return built_in(0 if nothing_to_shard else 1)
     values = read_deepspeed_json(config.deepspeed_config)
     section = values.get("zero_optimization")
-    if nothing_to_shard and isinstance(section, dict) and section.get("stage") == 1 and not section.get(OFFLOAD):
+    if (
+        nothing_to_shard
+        and isinstance(section, dict)
+        and section.get("stage") == 1
+        and not any(map(section.get, _OFFLOADS))
+    ):
         # The same numbers in the same memory, without DeepSpeed's copies to and from flat partitions.
         values["zero_optimization"] = {**section, "stage": 0}
     return values

@@ -60,8 +60,8 @@ def fill_deepspeed_config(config: Config, data_size: int, bf16: bool) -> dict[st
         values["bf16"].setdefault("check_grad_overflow", True)
         # Microbatches add up in fp32 as they come, on either path of the engine.
         values["bf16"].setdefault("immediate_grad_update", True)
-        # And over ranks: DeepSpeed would round each rank's sum to bf16 for the way.
-        values.setdefault("communication_data_type", "fp32")
+        if stage == 1:  # and over ranks: DeepSpeed would round each rank's sum to bf16 for the way
+            values.setdefault("communication_data_type", "fp32")
         values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values.setdefault("zero_allow_untested_optimizer", True)
     return values

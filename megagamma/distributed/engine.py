@@ -315,8 +315,8 @@ class Engine:
         ranks."""
         if self.config.model.tie_embeddings and self.pipeline > 1:
             for tensor in self.map:
-                if tensor.role == "embedding" and tensor.parameter.grad is not None:
-                    dist.all_reduce(tensor.parameter.grad, group=parallel_state.get_embedding_group())
+                if tensor.role == "embedding" and (gradient := compat.gradient(tensor.parameter)) is not None:
+                    dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
         # On one rank without ZeRO, DeepSpeed would still flatten and copy every gradient.
         if self.zero_stage > 0 or self.runtime.data_size > 1:
             compat.reduce_gradients(self.deepspeed, self.optimizer, self.zero_stage)

@@ -252,7 +252,7 @@ class RunFolder:
             values = self.read_resolved()
         except MegagammaError:
             return {}
-        return {key: values[key] for key in ("dtype", "compiled") if key in values}
+        return {key: values[key] for key in ("device", "dtype", "compiled") if key in values}
 
     def write_resolved(self, values: dict[str, Any]) -> None:
         """Write what the config became: plain JSON values."""

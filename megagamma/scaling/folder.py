@@ -18,11 +18,15 @@ import copy
 import functools
 import hashlib
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megagamma.config.io import save_config
+from megagamma.config.resolve import planned_dtype
+from megagamma.config.rules import data_parallel_size
 from megagamma.errors import ConfigurationError, MegagammaError
 from megagamma.files import copy_file, first_free, read_json, write_json
 from megagamma.launching.attempts import AttemptLog
@@ -166,10 +170,14 @@ class SweepFolder:
             states.append(read_state(point, digest, folder, retries))
         return states
 
-    def register(self, state: PointState, code: str, commit: str | None) -> None:
+    def register(
+        self, state: PointState, code: str, commit: str | None, choices: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Write what a point is into its folder, and its config, before it is started.
 
-        Args: code, commit: `code_hash` and `source_commit` of what will run it.
+        Args:
+            code, commit: `code_hash` and `source_commit` of what will run it.
+            choices: for `auto`, see `choose`.
         """
         state.point.config.run.folder = str(state.folder)
         # What was trained before goes on, and stays the work of the code that did it.
@@ -184,10 +192,12 @@ class SweepFolder:
         )  # fmt: skip
         # The point keeps its `auto`, by which it is recognised; what runs has what was chosen for all.
         config = copy.deepcopy(state.point.config)
-        if config.precision.dtype == "auto" and "dtype" in self.choices:
-            config.precision.dtype = self.choices["dtype"]
-        if config.run.compile == "auto" and "compile" in self.choices:
-            config.run.compile = self.choices["compile"]
+        if config.precision.dtype == "auto" and "dtype" in choices:
+            replicas = data_parallel_size(config, state.point.launch.processes)
+            # A point added later may be one that cannot, or should not, be bf16.
+            config.precision.dtype = "fp32" if planned_dtype(config, replicas, "cpu") == "fp32" else choices["dtype"]
+        if config.run.compile == "auto" and "compile" in choices:
+            config.run.compile = choices["compile"]
         save_config(config, state.folder / "point.yaml")
 
     @functools.cached_property

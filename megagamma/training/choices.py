@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megagamma.config.deepspeed import deepspeed_values, zero_stage
 from megagamma.config.resolve import is_drawn_small, planned_dtype
 from megagamma.config.rules import data_parallel_size
 from megagamma.config.schema import Config
@@ -83,6 +84,8 @@ def choose(config: Config, runtime: Runtime, kept: Mapping[str, Any] | None = No
 def _decide(
     config: Config, replicas: int, device: torch.device, lacking: str, kept: Mapping[str, Any]
 ) -> dict[str, Any]:
+    if kept.get("device", device.type) != device.type:
+        kept = {}  # it was begun on another kind of device
     dtype, why = _decide_dtype(config, replicas, device, kept.get("dtype"))
     compiled, why_compiled = _decide_compiled(config, replicas, device, dtype, lacking, kept.get("compiled"))
     return {**Choices(dtype, compiled).as_json(), "lines": [line for line in (why, why_compiled) if line]}
@@ -95,7 +98,8 @@ def _decide_dtype(config: Config, replicas: int, device: torch.device, kept: str
         ratio = products_ratio(config) if on_cpu and planned == "bf16" else 1.0
         slow = f"precision.dtype: bf16: its matrix products run at {ratio:.2f} x fp32 on this CPU: use fp32"
         return _DTYPES[planned], slow if ratio < 1 else ""
-    if kept in ("float32", "bfloat16"):
+    has_masters = zero_stage(deepspeed_values(config, replicas, bf16=True)) > 0
+    if kept == "float32" or (kept == "bfloat16" and has_masters):
         return getattr(torch, kept), ""
     if on_cpu and has_fast_bf16() and is_drawn_small(config):
         return torch.float32, (
@@ -175,7 +179,8 @@ def _decide_compiled(
     eager = [(count, region, inputs, _pass(region.eager, inputs)) for count, region, inputs in regions]
     if sum(count * calls * seconds for count, _, _, seconds in eager) < _SHORT:
         return False, ""
-    if config.run.timeout_minutes < 2:  # other ranks wait while the compiler works
+    # Other ranks wait while the compiler works. Under full recomputation half of the passes are without gradients, and eager.
+    if config.run.timeout_minutes < 2 or model.recompute == "full":
         return False, ""
     if lacking:
         return False, f"run.compile: off: {lacking}"

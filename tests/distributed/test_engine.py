@@ -212,3 +212,26 @@ def _bf16_masters(arguments: list[str]) -> dict[str, Any]:
         "rounding is visible": visible,
         "losses": losses,
     }
+
+
+def _embeddings(arguments: list[str], steps: int) -> float | None:
+    """Sum of squares of this stage's copy of the tied embedding after some steps; None where it has none."""
+    config, engine = build_engine(arguments)
+    for step in range(1, steps + 1):
+        engine.set_learning_rate(config.optimizer.lr)
+        engine.forward_backward(batches(config, engine, step))
+        assert engine.step()
+    found = [engine.state.get(tensor, "weight") for tensor in engine.map if tensor.role == "embedding"]
+    value = float(found[0].double().square().sum()) if found else None
+    engine.close()
+    return value
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tied_embeddings_stay_equal_over_stages(two_ranks: RankPool, data_cache: str, dtype: str) -> None:
+    """Their gradients are summed over both stages; of bf16 weights DeepSpeed keeps them elsewhere."""
+    given = ["--data.cache", data_cache, "--precision.dtype", dtype, "--model.tie_embeddings", "true", *zero(1)]
+    first, last = two_ranks.run(_embeddings, [*given, "--parallel.pipeline", "2"], 3)
+    assert first == last is not None
+    untied = two_ranks.run(_embeddings, [*given, "--parallel.pipeline", "2", "--model.tie_embeddings", "false"], 3)
+    assert untied[0] != first, "negative control"

@@ -160,9 +160,15 @@ def reduce_gradients(engine: Any, optimizer: Any, stage: int) -> None:
     engine.set_gradient_accumulation_boundary(True)
     if stage > 0 and hasattr(optimizer, "reduce_gradients"):
         optimizer.reduce_gradients(pipeline_parallel=True)
-    else:
+    elif engine.enable_backward_allreduce:
         # ZeRO 0; and bf16 weights under ZeRO 1, whose hooks have summed the microbatches' gradients in fp32.
         engine.allreduce_gradients()
+
+
+def gradient(parameter: Any) -> Tensor | None:
+    """A weight's gradient on this rank before it is reduced: of bf16 weights their sum in fp32."""
+    summed: Tensor | None = getattr(parameter, "_hp_grad", None)
+    return parameter.grad if summed is None else summed
 
 
 def drop_gradients(engine: Any, optimizer: Any, stage: int) -> None:
