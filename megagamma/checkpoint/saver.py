@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,17 +79,24 @@ def _work_units(engine: Engine) -> list[_WorkUnit]:
     return units
 
 
-def _assemble(unit: _WorkUnit, local: Tensor, runtime: Runtime) -> Tensor | None:
-    """The whole logical tensor on its owner; None on the other tensor-parallel ranks."""
-    shard = torch.cat([part.view(local) for part in unit.parts]).contiguous()
+def _assemble(unit: _WorkUnit, local: Tensor, runtime: Runtime) -> list[Tensor] | None:
+    """The logical tensor on its owner, as slices along its first axis; None on the other tensor-parallel ranks.
+
+    Slices that no other rank takes part in are views of `local`.
+    """
+    slices = [part.view(local) for part in unit.parts]
     axis = unit.logical.split_axis
-    if axis is None or runtime.tensor_size == 1:
-        return shard if runtime.tensor_rank == unit.tensor_owner else None
-    group = runtime.tensor_group
     is_owner = runtime.tensor_rank == unit.tensor_owner
+    if axis is None or runtime.tensor_size == 1:
+        return slices if is_owner else None
+    group, shard = runtime.tensor_group, _joined(slices).contiguous()
     shards = [torch.empty_like(shard) for _ in range(runtime.tensor_size)] if is_owner else None
     dist.gather(shard, shards, dst=dist.get_global_rank(group, unit.tensor_owner), group=group)
-    return torch.cat(shards, dim=axis) if shards is not None else None
+    return [torch.cat(shards, dim=axis)] if shards is not None else None
+
+
+def _joined(slices: list[Tensor]) -> Tensor:
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
 
 
 def _owned(engine: Engine) -> dict[str, list[LogicalParameter]]:
@@ -103,10 +111,16 @@ def _owned(engine: Engine) -> dict[str, list[LogicalParameter]]:
 
 
 def whole_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, name, whole logical tensor) of what this rank writes, one at a time, as copies.
+    """(kind, name, whole logical tensor) of what this rank writes, one at a time.
 
-    A collective: all ranks must run it to its end.
+    A collective: all ranks must run it to its end. A tensor may be a view of the engine's state: it is valid until the
+    next one is taken or a step is made, and must not be written to.
     """
+    return ((kind, name, _joined(slices)) for kind, name, slices in _sliced_tensors(engine, kinds))
+
+
+def _sliced_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str, list[Tensor]]]:
+    """As `whole_tensors`, every tensor as slices along its first axis, which cost no memory."""
     runtime, units = engine.runtime, _work_units(engine)
     for kind in kinds:
         local, current = None, None
@@ -116,9 +130,9 @@ def whole_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[tu
             if unit.data_owner != runtime.data_rank:
                 continue
             assert local is not None
-            whole = _assemble(unit, local, runtime)
-            if whole is not None:
-                yield kind, unit.logical.name, whole
+            slices = _assemble(unit, local, runtime)
+            if slices is not None:
+                yield kind, unit.logical.name, slices
 
 
 def _reason(error: BaseException) -> str:
@@ -147,7 +161,14 @@ class _Save:
 
         After a problem the tensors are still taken to the end, since other ranks may take part in gathering them.
         """
+        # A file is synced while the next one is written.
+        with ThreadPoolExecutor(1, f"sync-{self.step}") as pool:
+            self.problem = self._write(tensors, rank, pool)
+
+    def _write(self, tensors: Iterable[tuple[str, str, Tensor]], rank: int, pool: ThreadPoolExecutor) -> str | None:
+        """`write`; what closes files runs in `pool`. Returns the problem, if there is one."""
         writer: ShardWriter | None = None
+        closing: list[tuple[str, ShardWriter, Future[tuple[int, str]]]] = []
         problem: str | None = None
         left = {kind: len(parameters) for kind, parameters in self.owned.items()}
         for kind, name, tensor in tensors:
@@ -160,19 +181,25 @@ class _Save:
                 writer.write(tensor_key(kind, name), tensor)
                 left[kind] -= 1
                 if left[kind] == 0:
-                    size, digest = writer.close()
-                    names = [parameter.name for parameter in self.owned[kind]]
-                    self.files.append(
-                        {"file": writer.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": names}
-                    )
+                    closing.append((kind, writer, pool.submit(writer.close)))
                     writer = None
             except Exception as error:  # noqa: BLE001 - the other ranks must hear of it, whatever it is
                 problem = _reason(error)
                 if writer is not None:
                     writer.abandon()
+        for kind, closed, future in closing:
+            try:
+                size, digest = future.result()
+                names = [parameter.name for parameter in self.owned[kind]]
+                self.files.append(
+                    {"file": closed.path.name, "kind": kind, "bytes": size, "xxh3_128": digest, "tensors": names}
+                )
+            except Exception as error:  # noqa: BLE001 - as above
+                problem = problem or _reason(error)
+                closed.abandon()
         if problem is None and any(left.values()):
             problem = f"cannot be written ({sum(left.values())} tensors were not given)"
-        self.problem = problem
+        return problem
 
     def write_in_thread(self, copies: list[tuple[str, str, Tensor]], rank: int) -> None:
         """`write` for a thread, where nobody would see what it raises."""
@@ -227,22 +254,21 @@ class Saver:
 
         self.runtime.run_on_rank0(lambda: explained(begin, partial))
         save = _Save(step, partial, manifest, _owned(self.engine))
-        tensors = whole_tensors(self.engine)
         if not asynchronous:
-            save.write(tensors, self.runtime.rank)
+            save.write(whole_tensors(self.engine), self.runtime.rank)
             return self._publish(save)
-        self._begin(save, tensors)
+        self._begin(save, _sliced_tensors(self.engine))
         self._pending = save
         return None
 
-    def _begin(self, save: _Save, tensors: Iterable[tuple[str, str, Tensor]]) -> None:
+    def _begin(self, save: _Save, tensors: Iterable[tuple[str, str, list[Tensor]]]) -> None:
         """Copy this rank's share to memory, and write it in a thread."""
         copies: list[tuple[str, str, Tensor]] = []
         problem: str | None = None
-        for kind, name, tensor in tensors:
+        for kind, name, slices in tensors:
             try:
                 if problem is None:
-                    copies.append((kind, name, self._copy(kind, name, tensor)))
+                    copies.append((kind, name, self._copy(kind, name, slices)))
             except Exception as error:  # noqa: BLE001 - the other ranks gather on, and must hear of it
                 problem = _reason(error)
         try:
@@ -256,12 +282,15 @@ class Saver:
         if problem is not None:
             save.problem = problem
 
-    def _copy(self, kind: str, name: str, tensor: Tensor) -> Tensor:
+    def _copy(self, kind: str, name: str, slices: list[Tensor]) -> Tensor:
         """A copy in memory that is kept for the next save: fresh memory costs more time than the copy."""
+        rows = [len(one) for one in slices]
         known = self._copies.get((kind, name))
         if known is None:
-            known = self._copies[kind, name] = torch.empty(tensor.shape, dtype=torch.float32)
-        return known.copy_(tensor)
+            known = self._copies[kind, name] = torch.empty(sum(rows), *slices[0].shape[1:], dtype=torch.float32)
+        for target, source in zip(known.split(rows), slices, strict=True):
+            target.copy_(source)
+        return known
 
     @property
     def pending(self) -> bool:
@@ -349,10 +378,18 @@ def load(engine: Engine, folder: Path, manifest: dict[str, Any] | None = None) -
     has_moments = reader.kinds == set(KINDS)
     for tensor in engine.map:
         for kind in KINDS:
-            local = torch.zeros(tensor.shape, dtype=torch.float32)
             if kind == "weight" or has_moments:
-                for part in tensor.parts:
-                    values = reader.read(kind, part.logical.name, part.start, part.shape, part.logical.shape)
+                slices = [
+                    (part, reader.read(kind, part.logical.name, part.start, part.shape, part.logical.shape))
+                    for part in tensor.parts
+                ]
+            else:
+                slices = []
+            if len(slices) == 1 and slices[0][1].shape == tensor.shape:
+                local = slices[0][1]  # as it is mapped from the file
+            else:
+                local = torch.zeros(tensor.shape, dtype=torch.float32)
+                for part, values in slices:
                     part.view(local).copy_(values)
             engine.state.set(tensor, kind, local.to(engine.runtime.device))
     engine.state.step = reader.manifest["adam_step"]
