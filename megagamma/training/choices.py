@@ -60,8 +60,10 @@ def choose_for_sweep(config: Config, processes: int) -> dict[str, str]:
         found = _decide(config, replicas, device, compiler_problem(device), {})
     finally:
         torch.set_num_threads(before)
-    dtype = next(name for name, value in _DTYPES.items() if str(value) == f"torch.{found['dtype']}")
-    return {"dtype": dtype, "compile": "on" if found["compiled"] else "off"}
+    return {
+        "dtype": "bf16" if found["dtype"] == "bfloat16" else "fp32",
+        "compile": "on" if found["compiled"] else "off",
+    }
 
 
 def choose(config: Config, runtime: Runtime, kept: Mapping[str, Any] | None = None) -> Choices:

@@ -57,7 +57,7 @@ def _spare_passes_over_gradients(engine: Any, optimizer: Any) -> None:
     It clears them after a step and then adds the first microbatch's; here that one overwrites them. And on one data-parallel
     rank it copies all of them into one buffer and back, to average them with nobody's.
     """
-    fresh = optimizer.fp32_groups_has_gradients
+    filled = optimizer.fp32_groups_has_gradients
     step = optimizer.step
 
     @torch.no_grad()
@@ -66,21 +66,21 @@ def _spare_passes_over_gradients(engine: Any, optimizer: Any) -> None:
             return
         sum_so_far = optimizer.fp32_groups_gradients[group][number]
         gradient = weight.grad.view(sum_so_far.shape)
-        if fresh[group][number]:
+        if filled[group][number]:
             sum_so_far.add_(gradient)
         else:
             sum_so_far.copy_(gradient)
         weight._hp_grad = sum_so_far
-        fresh[group][number] = True
+        filled[group][number] = True
         if clear_lp_grads:
             weight.grad.zero_()
 
     def clear() -> None:
-        for flags in fresh:
+        for flags in filled:
             flags[:] = [False] * len(flags)
 
     def zero_what_got_none() -> None:
-        for flags, gradients in zip(fresh, optimizer.fp32_groups_gradients, strict=True):
+        for flags, gradients in zip(filled, optimizer.fp32_groups_gradients, strict=True):
             for has_one, gradient in zip(flags, gradients, strict=True):
                 if not has_one:
                     gradient.zero_()
