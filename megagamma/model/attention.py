@@ -51,6 +51,11 @@ class _Split(torch.autograd.Function):
         return whole, None
 
 
+def split(x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """torch.split along the last axis, with a gradient that is not concatenated."""
+    return _Split.apply(x, sizes)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class RotaryAttention(SelfAttention):
     """Megatron's self-attention that rotates queries and keys by the table of `RotaryTable`.
 
@@ -82,7 +87,7 @@ class RotaryAttention(SelfAttention):
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         wide = self.num_attention_heads_per_partition // groups * width
         sizes = [wide, wide, width, width] if output_gate else [wide, width, width]
-        query, *gate, key, value = _Split.apply(fused.view(*fused.shape[:2], groups, sum(sizes)), sizes)
+        query, *gate, key, value = split(fused.view(*fused.shape[:2], groups, sum(sizes)), sizes)
         query = query.reshape(*query.shape[:2], -1, width)
         if isinstance(self.q_layernorm, RMSNorm):
             return self.q_layernorm(query, self._table), self.k_layernorm(key, self._table), value, *gate
@@ -91,12 +96,12 @@ class RotaryAttention(SelfAttention):
         return rotate(query, self._table), rotate(key, self._table), value, *gate
 
 
-def _gated(x: Tensor, gate: Tensor) -> Tensor:
+def gated(x: Tensor, gate: Tensor) -> Tensor:
     heads = x.view(*gate.shape, -1)
     return (heads * torch.sigmoid(gate.float()).to(x.dtype).unsqueeze(-1)).view(x.shape)
 
 
-_gate = Region(_gated, _gated)
+_gate = Region(gated, gated)
 
 
 class ElementwiseGatedAttention(RotaryAttention):

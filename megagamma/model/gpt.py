@@ -26,6 +26,7 @@ from megagamma.model.attention import (
     SDPACoreAttention,
 )
 from megagamma.model.cross_entropy import cross_entropy
+from megagamma.model.layer import WholeLayer
 from megagamma.model.norm import RMSNorm
 from megagamma.model.rotary import RotaryTable
 from megagamma.model.swiglu import SwiGLUMLP
@@ -94,6 +95,7 @@ def layer_spec(config: Config) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+        spec.module = WholeLayer
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
         spec.submodules.mlp = SwiGLUMLP

@@ -50,7 +50,7 @@ def _eager(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 NORM = Region(_eager, _normed)
-_norm_and_rotate = Region(
+NORM_AND_ROTATE = Region(
     lambda x, weight, epsilon, table: rotate(_eager(x, weight, epsilon), table),
     lambda x, weight, epsilon, table: rotated(_normed(x, weight, epsilon), table),
 )
@@ -81,7 +81,7 @@ class RMSNorm(torch.nn.Module):
             x: [..., hidden_size], any float dtype; returns the same shape and dtype.
         """
         y: Tensor = (
-            NORM(x, self.weight, self.eps) if table is None else _norm_and_rotate(x, self.weight, self.eps, table)
+            NORM(x, self.weight, self.eps) if table is None else NORM_AND_ROTATE(x, self.weight, self.eps, table)
         )
         return y
 

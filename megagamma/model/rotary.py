@@ -43,7 +43,7 @@ def rotated(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-_rotation = Region(lambda x, table: _Rotate.apply(x, table[0], table[1]), rotated)
+ROTATION = Region(lambda x, table: _Rotate.apply(x, table[0], table[1]), rotated)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         x: [s, b, heads, head_dim].
         table: from `RotaryTable`, [2, s, 1 or b, 1, head_dim / 2].
     """
-    y: Tensor = _rotation(x, table)
+    y: Tensor = ROTATION(x, table)
     return y
 
 

@@ -20,6 +20,7 @@ from megagamma.data.schedule import total_steps
 from megagamma.distributed.runtime import Runtime
 from megagamma.environment import choose_threads, has_fast_bf16
 from megagamma.errors import ConfigurationError
+from megagamma.model.layer import LayerShape, calls_whole_layers, layer_region
 from megagamma.model.norm import NORM
 from megagamma.model.regions import Region
 from megagamma.model.swiglu import SWIGLU
@@ -27,7 +28,7 @@ from megagamma.planning.memory import microbatches
 
 # Below this, passes over the fp32 master weights cost more than faster products save: models of 100,000 weights.
 _PAYING_RATIO = 2.5
-# Seconds of eager regions in a run, below which not even loading the compiler pays.
+# Seconds of what would be compiled in a run, below which not even loading the compiler pays.
 _SHORT = 30.0
 
 
@@ -164,25 +165,14 @@ def _decide_compiled(
         return wanted == "on", ""
     if kept is not None and not (kept and lacking):
         return kept, ""
-    model, data = config.model, config.data
-    assert model.ffn_hidden_size is not None
-    calls = total_steps(config) * microbatches(config, replicas) * (model.num_layers // config.parallel.pipeline)
-    shape = (data.sequence_length, data.micro_batch_size)
-
-    def ones(*sizes: int) -> torch.Tensor:
-        return torch.ones(*sizes, dtype=dtype, device=device, requires_grad=True)
-
-    # The others are smaller, and left out of what is saved.
-    width = 2 * model.ffn_hidden_size // config.parallel.tensor
-    regions: list[tuple[int, Region, tuple[Any, ...]]] = [
-        (2, NORM, (ones(*shape, model.hidden_size), ones(model.hidden_size), model.norm_epsilon)),
-        (1, SWIGLU, (ones(*shape, width),)),
-    ]
+    calls = total_steps(config) * microbatches(config, replicas) * (config.model.num_layers // config.parallel.pipeline)
+    stage = zero_stage(deepspeed_values(config, replicas, dtype == torch.bfloat16))
+    what, kernels, regions = _layer_regions(config, stage, dtype, device)
     eager = [(count, region, inputs, _pass(region.eager, inputs)) for count, region, inputs in regions]
     if sum(count * calls * seconds for count, _, _, seconds in eager) < _SHORT:
         return False, ""
     # Other ranks wait while the compiler works. Under full recomputation half of the passes are without gradients, and eager.
-    if config.run.timeout_minutes < 2 or model.recompute == "full":
+    if config.run.timeout_minutes < 2 or config.model.recompute == "full":
         return False, ""
     if lacking:
         return False, f"run.compile: off: {lacking}"
@@ -193,18 +183,48 @@ def _decide_compiled(
     except Exception as error:  # noqa: BLE001 - whatever the compiler lacks, the run goes on without it
         first = str(error).strip().splitlines() or [type(error).__name__]
         return False, f"run.compile: off: the compiler failed: {first[0][:200]}"
-    # Rotation of queries and of keys, and the gate, are compiled too.
-    cost = (time.perf_counter() - begin) / len(regions) * 5
+    cost = (time.perf_counter() - begin) / len(regions) * kernels
     pays = saved * calls > cost
     return pays, (
-        f"run.compile: {'on' if pays else 'off'}: norms and SwiGLU save {1e3 * saved:.2f} ms a layer and microbatch, "
+        f"run.compile: {'on' if pays else 'off'}: {what} {1e3 * saved:.2f} ms a layer and microbatch, "
         f"{max(0.0, saved) * calls:.0f} s in this run, and compiling takes about {cost:.0f} s"
     )
 
 
+_Regions = list[tuple[int, Region, tuple[Any, ...]]]
+
+
+def _layer_regions(config: Config, stage: int, dtype: torch.dtype, device: torch.device) -> tuple[str, int, _Regions]:
+    """The regions of a layer that are measured: what they save in words, how many are compiled in all, and each with its calls
+    and with tensors of its shapes."""
+    model, data = config.model, config.data
+    assert model.ffn_hidden_size is not None and model.num_query_groups is not None and model.head_dim is not None
+    width, tokens = model.hidden_size, (data.sequence_length, data.micro_batch_size)
+
+    def ones(*sizes: int) -> torch.Tensor:
+        return torch.ones(*sizes, dtype=dtype, device=device, requires_grad=True)
+
+    if not calls_whole_layers(config, stage):
+        fused = 2 * model.ffn_hidden_size // config.parallel.tensor
+        norm = (ones(*tokens, width), ones(width), model.norm_epsilon)
+        # Rotation of queries and of keys, and the gate, are compiled too.
+        return "norms and SwiGLU save", 5, [(2, NORM, norm), (1, SWIGLU, (ones(*tokens, fused),))]
+    heads, groups, head_dim = model.num_attention_heads, model.num_query_groups, model.head_dim
+    gate, features = model.attention_gate, heads * head_dim
+    shape = LayerShape(groups, heads // groups, head_dim, gate, model.norm_epsilon, None)
+    rows = features * (2 if gate == "elementwise" else 1) + 2 * groups * head_dim
+    tensors = (
+        ones(*tokens, width), ones(2, tokens[0], 1, 1, head_dim // 2).detach(), ones(width), ones(rows, width),
+        *([ones(head_dim), ones(head_dim)] if model.qk_norm else [None, None]),
+        ones(heads, width) if gate == "headwise" else None,
+        ones(width, features), ones(width), ones(2 * model.ffn_hidden_size, width), ones(width, model.ffn_hidden_size),
+    )  # fmt: skip
+    return "whole layers save", 1, [(1, layer_region(shape), tensors)]
+
+
 def _pass(function: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
     """Median seconds of a forward and backward pass, after warm ones."""
-    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     on_gpu = tensors[0].device.type == "cuda"
 
     def run() -> None:

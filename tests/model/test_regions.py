@@ -31,8 +31,8 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Region, tuple[Any, ...]]]:
     x, heads, weight = tensor(6, 2, 16, dtype=dtype), tensor(6, 2, 3, 8, dtype=dtype), tensor(8, dtype=dtype)
     return {
         "norm": (norm.NORM, (x, tensor(16, dtype=dtype, seed=3), 1e-12)),
-        "norm and rotation": (norm._norm_and_rotate, (heads, weight, 1e-5, table)),
-        "rotation": (rotary._rotation, (heads, table)),
+        "norm and rotation": (norm.NORM_AND_ROTATE, (heads, weight, 1e-5, table)),
+        "rotation": (rotary.ROTATION, (heads, table)),
         "swiglu": (SWIGLU, (x,)),
         "gate per feature": (_gate, (x, tensor(6, 2, 16, dtype=dtype, seed=4))),
         "gate per head": (_gate, (x, tensor(6, 2, 4, dtype=dtype, seed=4))),
