@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from megagamma.benchmarks.contenders import Contender, Step, in_turns, speeds
 from megagamma.benchmarks.training import OURS, our_step, peer_step, preset, shape_arguments
+from megagamma.scaling.paired import interval
 
 DDP = "transformers fp32, torch DDP"
 RANKS = 2
@@ -15,7 +17,7 @@ RANKS = 2
 
 
 def measure_ranks(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """Tokens per second of `RANKS` data-parallel ranks: ours in fp32 and bf16, and the peer in fp32 under torch's DDP.
+    """Tokens per second of `RANKS` data-parallel ranks: ours by ZeRO stage and dtype, the peer in fp32 under torch's DDP.
 
     Args:
         shape: see `shape_arguments`; every rank has its 4 sequences.
@@ -23,13 +25,16 @@ def measure_ranks(shape: str, rounds: int, extra: Sequence[str] = ()) -> dict[st
         extra: options of ours alone.
     """
     arguments = [*shape_arguments(shape), f"--data.global_batch_size={4 * RANKS}", "--data.micro_batch_size=4"]
+    # By default ours shards the optimizer, which DDP does not.
+    like_ddp = ["--precision.dtype=fp32", f"--deepspeed_config={preset('deepspeed/zero0', 'json')}"]
+    ours = {
+        f"{OURS} fp32, ZeRO 0": like_ddp,
+        **{f"{OURS} {dtype}, ZeRO 1": [f"--precision.dtype={dtype}"] for dtype in ("fp32", "bf16")},
+    }
     contenders = [
-        Contender(
-            f"{OURS} {dtype}", our_step, [*arguments, f"--precision.dtype={dtype}", *extra],
-            ranks=RANKS, sleeping_threads=True,
-        )
-        for dtype in ("fp32", "bf16")
-    ]  # fmt: skip
+        Contender(name, our_step, [*arguments, *options, *extra], ranks=RANKS, sleeping_threads=True)
+        for name, options in ours.items()
+    ]
     contenders.append(Contender(DDP, peer_step, arguments, False, False, ranks=RANKS))
     return _compare(contenders, rounds, DDP, shape)
 
@@ -83,7 +88,7 @@ def measure_overhead(steps: int, extra: Sequence[str] = ()) -> dict[str, Any]:
         extra: options of the run, such as its shape.
 
     Returns:
-        Seconds of a mean step with and without, and the share that the callbacks add.
+        Seconds of a mean step with and without, and the share that the callbacks add with its 95 % interval over turns.
     """
     names = {"with": True, "without": False}
     turn = 5
@@ -96,17 +101,20 @@ def measure_overhead(steps: int, extra: Sequence[str] = ()) -> dict[str, Any]:
             )
             for name, given in names.items()
         ]  # fmt: skip
-        times: list[list[float]] = [[], []]
+        means: list[list[float]] = [[], []]
         for number in range(max(1, steps // turn)):
             # Who begins changes, so that neither always follows the other.
             for index in (0, 1) if number % 2 else (1, 0):
-                times[index] += contenders[index].run(turn)
+                means[index].append(statistics.fmean(contenders[index].run(turn)))
         for contender in contenders:
             contender.close()
-    means = [sum(values) / len(values) for values in times]
+    with_callbacks, without = map(statistics.fmean, means)
+    added = interval([one - other for one, other in zip(*means, strict=True)])
     return {
-        "steps": len(times[0]),
-        "seconds_with": means[0],
-        "seconds_without": means[1],
-        "share_of_a_step": means[0] / means[1] - 1,
+        "steps": len(means[0]) * turn,
+        "seconds_with": with_callbacks,
+        "seconds_without": without,
+        "share_of_a_step": added[0] / without,
+        "low": added[1] / without,
+        "high": added[2] / without,
     }

@@ -132,8 +132,8 @@ def page(command: str, results: Mapping[str, Any]) -> str:
             "## What callbacks add to a step", "",
             "A run of configs/demo.yaml on two ranks with its metrics, guard, replica check and the other standard callbacks",
             "at their default intervals, against the same run without any; validation and checkpoints are left out.", "",
-            f"{over['share_of_a_step']:.1%} of a step: {over['seconds_with']:.4g} and {over['seconds_without']:.4g} s, means",
-            f"of {over['steps']} steps each.", "",
+            f"{over['share_of_a_step']:.1%} of a step (95 % interval over turns: {over['low']:.1%} to {over['high']:.1%});",
+            f"{over['seconds_with']:.4g} and {over['seconds_without']:.4g} s, means of {over['steps']} steps each.", "",
         ]  # fmt: skip
     if "curves" in results:
         lines += [

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +155,8 @@ class _Save:
     problem: str | None = "cannot be written (it was not written to its end)"
     """None when all that this rank owns is written."""
     thread: threading.Thread | None = None
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Set when an asynchronous save no longer looks at the engine's state."""
 
     def write(self, tensors: Iterable[tuple[str, str, Tensor]], rank: int) -> None:
         """Write this rank's tensors.
@@ -201,9 +203,13 @@ class _Save:
             problem = f"cannot be written ({sum(left.values())} tensors were not given)"
         return problem
 
-    def write_in_thread(self, copies: list[tuple[str, str, Tensor]], rank: int) -> None:
-        """`write` for a thread, where nobody would see what it raises."""
+    def write_in_thread(self, copy: Callable[[], list[tuple[str, str, Tensor]]], rank: int) -> None:
+        """`write` what `copy` gives, for a thread, where nobody would see what it raises."""
         try:
+            try:
+                copies = copy()
+            finally:
+                self.copied.set()
             self.write(copies, rank)
         except BaseException as error:  # noqa: BLE001 - becomes the problem of this save
             self.problem = _reason(error)
@@ -224,8 +230,8 @@ class Saver:
         Args:
             step: optimizer steps done.
             state: what else a resume needs (JSON): config, consumed samples, tokenizer, guard.
-            asynchronous: copy the state to memory and return; `poll` or `finish` completes it. Only this rank's share
-                is copied.
+            asynchronous: copy the state to memory, or begin to, and return; `wait_for_copy` must be called before it is
+                changed, and `poll` or `finish` completes the save. Only this rank's share is copied.
 
         Raises:
             CheckpointError: on every rank, when one could not write, such as on a full disk. What was there before
@@ -263,14 +269,22 @@ class Saver:
 
     def _begin(self, save: _Save, tensors: Iterable[tuple[str, str, list[Tensor]]]) -> None:
         """Copy this rank's share to memory, and write it in a thread."""
-        copies: list[tuple[str, str, Tensor]] = []
+        taken: list[tuple[str, str, list[Tensor]]] = []
         problem: str | None = None
+        # Without ZeRO they are the state itself, which stays as it is until the next update: copied in the thread.
+        is_late = self.engine.zero_stage == 0
         for kind, name, slices in tensors:
             try:
                 if problem is None:
-                    copies.append((kind, name, self._copy(kind, name, slices)))
+                    taken.append((kind, name, slices if is_late else [self._copy(kind, name, slices)]))
             except Exception as error:  # noqa: BLE001 - the other ranks gather on, and must hear of it
                 problem = _reason(error)
+
+        def copies() -> list[tuple[str, str, Tensor]]:
+            return [
+                (kind, name, self._copy(kind, name, slices) if is_late else slices[0]) for kind, name, slices in taken
+            ]
+
         try:
             if problem is None:
                 save.thread = threading.Thread(
@@ -281,6 +295,11 @@ class Saver:
             problem, save.thread = _reason(error), None
         if problem is not None:
             save.problem = problem
+
+    def wait_for_copy(self) -> None:
+        """Return when an asynchronous save no longer needs the engine's state; called before every update."""
+        if self._pending is not None and self._pending.thread is not None:
+            self._pending.copied.wait()
 
     def _copy(self, kind: str, name: str, slices: list[Tensor]) -> Tensor:
         """A copy in memory that is kept for the next save: fresh memory costs more time than the copy."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.train import run_trainer
 from megagamma.checkpoint.reader import CheckpointReader, read_manifest, steps_saved, verify
 from megagamma.checkpoint.retention import clean_up, prune
 from megagamma.checkpoint.safetensors_writer import checksum
+from megagamma.checkpoint.saver import Saver
 from megagamma.errors import CheckpointError
 
 HALF = 4
@@ -196,6 +198,36 @@ def test_asynchronous_checkpoints_are_the_same_files(
         verify(later / "checkpoints" / f"step_{step:08d}", right)
     assert losses(now) == losses(later)
     assert not list((later / "checkpoints").glob(".*"))
+
+
+def train_with_slow_copies(arguments: list[str], waits: bool) -> int:
+    """A run whose saves take longer to copy a tensor than a step takes."""
+    copy, wait = Saver._copy, Saver.wait_for_copy
+
+    def slow_copy(self: Saver, *what: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        return copy(self, *what)
+
+    Saver._copy = slow_copy  # type: ignore[method-assign]
+    if not waits:
+        Saver.wait_for_copy = lambda self: None  # type: ignore[method-assign]
+    try:
+        return run_trainer(arguments)
+    finally:
+        Saver._copy, Saver.wait_for_copy = copy, wait  # type: ignore[method-assign]
+
+
+def test_the_next_update_waits_for_the_copy(tmp_path: Path, one_rank: RankPool, data_cache: str) -> None:
+    """And without that, the negative control, another state is saved."""
+    more = ["--checkpoint.interval", "2", "--checkpoint.keep_last", "0", "--run.steps", "4"]
+    saved = {}
+    for name, waits in (("now", True), ("later", True), ("too late", False)):
+        asynchronous = ["--checkpoint.asynchronous", str(name != "now").lower()]
+        given = arguments(tmp_path / name, data_cache, 0, *more, *asynchronous)
+        assert one_rank.run(train_with_slow_copies, given, waits) == [0]
+        manifest = read_manifest(tmp_path / name / "checkpoints" / "step_00000002")
+        saved[name] = [entry["xxh3_128"] for entry in manifest["files"]]
+    assert saved["now"] == saved["later"] != saved["too late"]
 
 
 def test_a_damaged_newest_checkpoint(tmp_path: Path, one_rank: RankPool, data_cache: str, whole: Path) -> None:

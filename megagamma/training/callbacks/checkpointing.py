@@ -46,6 +46,11 @@ class Checkpointing(Callback):
             or (step == 0 and self.rules.save_initial)
         )
 
+    def before_update(self, step: Step) -> bool:
+        """Let a save that is under way copy what the update will change."""
+        self.saver.wait_for_copy()
+        return True
+
     def after_step(self, step: Step) -> None:
         """Save when it is due; complete an asynchronous save that has written everything."""
         rules, stopping = self.rules, self.trainer.stop_reason is not None
