@@ -56,6 +56,35 @@ _FORMULAS = _Forms(
 )
 
 
+def _attended(
+    forms: _Forms,
+    shape: LayerShape,
+    normed: Tensor,
+    table: Tensor,
+    qkv: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    head_gate: Tensor | None,
+) -> Tensor:
+    """[s, b, hidden] -> [s, b, heads * head_dim], gated."""
+    length, batch, _ = normed.shape
+    wide = shape.heads_per_group * shape.head_dim
+    sizes = [wide, *([wide] if shape.gate == "elementwise" else []), shape.head_dim, shape.head_dim]
+    query, *gate, key, value = forms.split(
+        linear(normed, qkv).view(length, batch, shape.query_groups, sum(sizes)), sizes
+    )
+    query = query.reshape(length, batch, -1, shape.head_dim)
+    if query_norm is None:
+        query, key = forms.rotate(query, table), forms.rotate(key, table)
+    else:
+        query = forms.norm_and_rotate(query, query_norm, shape.epsilon, table)
+        key = forms.norm_and_rotate(key, key_norm, shape.epsilon, table)
+    attended = causal_attention(query, key, value, shape.softmax_scale)
+    if gate:
+        return gated(attended, gate[0].reshape(attended.shape))
+    return attended if head_gate is None else gated(attended, linear(normed, head_gate))
+
+
 def _layer(
     forms: _Forms,
     shape: LayerShape,
@@ -72,24 +101,9 @@ def _layer(
     down: Tensor,
 ) -> Tensor:
     """x: [s, b, hidden]; table: see `megagamma.model.rotary.rotate`; weights as Megatron fuses them; returns as x."""
-    length, batch, _ = x.shape
     normed = forms.norm(x, input_norm, shape.epsilon)
-    wide = shape.heads_per_group * shape.head_dim
-    sizes = [wide, *([wide] if shape.gate == "elementwise" else []), shape.head_dim, shape.head_dim]
-    fused = linear(normed, qkv).view(length, batch, shape.query_groups, sum(sizes))
-    query, *gate, key, value = forms.split(fused, sizes)
-    query = query.reshape(length, batch, -1, shape.head_dim)
-    if query_norm is None:
-        query, key = forms.rotate(query, table), forms.rotate(key, table)
-    else:
-        query = forms.norm_and_rotate(query, query_norm, shape.epsilon, table)
-        key = forms.norm_and_rotate(key, key_norm, shape.epsilon, table)
-    attended = causal_attention(query, key, value, shape.softmax_scale)
-    if gate:
-        attended = gated(attended, gate[0].reshape(attended.shape))
-    elif head_gate is not None:
-        attended = gated(attended, linear(normed, head_gate))
-    x = x + linear(attended, output)
+    x = x + linear(_attended(forms, shape, normed, table, qkv, query_norm, key_norm, head_gate), output)
+    del normed  # what the backward pass does not need is free when the MLP begins
     return x + linear(forms.swiglu(linear(forms.norm(x, mlp_norm, shape.epsilon), gate_and_up)), down)
 
 

@@ -107,6 +107,8 @@ def test_compiling(fast: pytest.MonkeyPatch) -> None:
     fast.setattr(choices, "compiler_problem", lambda device: "")
     long = ("--run.steps", "100000")
     found = choose(config_of(*long), rank())
+    assert found.compiled and "on: whole layers save 15.00 ms" in found.lines[1]
+    found = choose(config_of(*long, "--model.recompute", "selective"), rank())
     assert found.compiled and "on: norms and SwiGLU save 45.00 ms" in found.lines[1]
     assert not choose(config_of("--run.steps", "10"), rank()).compiled, "over before it pays"
     assert not choose(config_of(*long, "--run.compile", "off"), rank()).compiled
@@ -142,6 +144,16 @@ def test_what_a_host_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert compiler_problem(cpu) == ""
     monkeypatch.setattr(choices.shutil, "which", lambda name: None)
     assert compiler_problem(cpu) == "this host has no C++ compiler"
+
+
+@pytest.mark.skipif(compiler_problem(torch.device("cpu")) != "", reason="no C++ compiler")
+@pytest.mark.parametrize("gate", ["elementwise", "headwise"])
+def test_what_is_measured_is_a_layer_of_the_model(monkeypatch: pytest.MonkeyPatch, gate: str) -> None:
+    """Its function takes the tensors that are made for it; only the eager one is run here."""
+    monkeypatch.setattr(Region, "kernel", property(lambda self: self.eager))
+    monkeypatch.setattr(choices, "_SHORT", 0.0)
+    found = choose(config_of("--run.steps", "1000", "--model.attention_gate", gate), rank())
+    assert "whole layers save" in found.lines[-1]
 
 
 def test_measured_here() -> None:
