@@ -1,10 +1,10 @@
-"""Ours against torch's data parallelism, and a run's callbacks against none."""
+"""Ours against torch's data parallelism, and the share of a step that is a run's callbacks."""
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megagamma.benchmarks.contenders import Contender, Step, in_turns, speeds
@@ -54,8 +54,9 @@ def _compare(contenders: Sequence[Contender], rounds: int, reference: str, shape
     }  # fmt: skip
 
 
-def trainer_step(folder: str, extra: Sequence[str], with_callbacks: bool) -> tuple[Step, dict[str, Any]]:
-    """A step of a run of configs/demo.yaml, on the embedded corpus `tiny`, with the standard callbacks or without any.
+def callbacks_step(folder: str, extra: Sequence[str]) -> tuple[Step, dict[str, Any]]:
+    """A step of a run of configs/demo.yaml, on the embedded corpus `tiny`, that measures the share of it that is neither its
+    passes nor its update: the standard callbacks.
 
     Validation is off, and nothing is saved: both are work of their own, which users ask for by an interval.
     """
@@ -74,47 +75,48 @@ def trainer_step(folder: str, extra: Sequence[str], with_callbacks: bool) -> tup
     ]
     config = parse_config(arguments, world_size=world.size)
     session = prepare(config, world)
-    trainer = Trainer(session, standard_callbacks(config) if with_callbacks else [])
+    trainer = Trainer(session, standard_callbacks(config))
     for callback in trainer.callbacks:
         callback.begin()
-    return trainer._train_step, {}
+    engine: Any = session.engine
+    needed = 0.0
+
+    def timed(action: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal needed
+            begin = time.perf_counter()
+            try:
+                return action(*arguments)
+            finally:
+                needed += time.perf_counter() - begin
+
+        return call
+
+    engine.forward_backward, engine.step = timed(engine.forward_backward), timed(engine.step)
+
+    def step() -> float:
+        nonlocal needed
+        begin, needed = time.perf_counter(), 0.0
+        trainer._train_step()
+        return 1.0 - needed / (time.perf_counter() - begin)
+
+    return step, {}
 
 
 def measure_overhead(steps: int, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """What metrics, guard, replica check and the other standard callbacks add to a step, on `RANKS` ranks.
+    """Share of a step on `RANKS` ranks that is metrics, guard, replica check and the other standard callbacks.
+
+    What they wait for another rank counts too.
 
     Args:
-        steps: of each; a multiple of 100 holds every default interval a whole number of times.
+        steps: measured; a multiple of 100 holds every default interval a whole number of times.
         extra: options of the run, such as its shape.
-
-    Returns:
-        Seconds of a mean step with and without, and the share that the callbacks add with its 95 % interval over turns.
     """
-    names = {"with": True, "without": False}
-    turn = 5
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        folders = {"with": first, "without": second}
-        contenders = [
-            Contender(
-                f"a run {name} callbacks", trainer_step, folders[name], list(extra), given,
-                ranks=RANKS, sleeping_threads=True,
-            )
-            for name, given in names.items()
-        ]  # fmt: skip
-        means: list[list[float]] = [[], []]
-        for number in range(max(1, steps // turn)):
-            # Who begins changes, so that neither always follows the other.
-            for index in (0, 1) if number % 2 else (1, 0):
-                means[index].append(statistics.fmean(contenders[index].run(turn)))
-        for contender in contenders:
-            contender.close()
-    with_callbacks, without = map(statistics.fmean, means)
-    added = interval([one - other for one, other in zip(*means, strict=True)])
-    return {
-        "steps": len(means[0]) * turn,
-        "seconds_with": with_callbacks,
-        "seconds_without": without,
-        "share_of_a_step": added[0] / without,
-        "low": added[1] / without,
-        "high": added[2] / without,
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        contender = Contender(
+            "a run with callbacks", callbacks_step, folder, list(extra), ranks=RANKS, sleeping_threads=True
+        )
+        shares = contender.run(steps)
+        contender.close()
+    mean, low, high = interval(shares)
+    return {"steps": steps, "share_of_a_step": mean, "low": low, "high": high}

@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from megagamma.errors import MegagammaError
 from megagamma.forked import free_port
 
-Step = Callable[[], None]
+Step = Callable[[], float | None]
+"""What is measured: its seconds, or the number that it returns."""
 Make = Callable[..., tuple[Step, dict[str, Any]]]
 """(step, facts) of a contender, made in its process."""
 _WARM_UP = 3  # steps; the first compiles
@@ -51,8 +52,8 @@ def _work(
         seconds = []
         for _ in range(count):
             begin = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - begin)
+            measured = step()
+            seconds.append(time.perf_counter() - begin if measured is None else measured)
         connection.send(seconds)
 
 
@@ -124,7 +125,7 @@ class Contender:
         raise MegagammaError(f"benchmark: {self.name} ended with exit code {process.exitcode}; what it said is above")
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of some steps; of several ranks those of the slowest."""
+        """What is measured of each of some steps, see `Step`; of several ranks the largest."""
         for end in self._ends:
             end.send(steps)
         return [max(seconds) for seconds in zip(*self._receive(), strict=True)]

@@ -1,15 +1,16 @@
-"""The page docs/performance.md, from the numbers of one call of `megagamma benchmark`."""
+"""The page docs/performance.md, from the numbers of calls of `megagamma benchmark`."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megagamma.benchmarks.training import OURS, STEPS
 from megagamma.environment import FAST_BF16, cores_of_this_process, cpu_flags
+from megagamma.errors import MegagammaError
 
 _PACKAGES = ("torch", "transformers", "megatron-core", "deepspeed")
 
@@ -94,19 +95,37 @@ def memory_table(results: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(command: str, results: Mapping[str, Any]) -> str:
+def merged(calls: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """(commands, numbers of all of them); of two that measured the same, the later one's, but for shapes of `train`.
+
+    Args:
+        calls: what each measured, with its `command` and `machine`.
+
+    Raises:
+        MegagammaError: they are of different machines.
+    """
+    if any(call["machine"] != calls[-1]["machine"] for call in calls):
+        raise MegagammaError("--add: numbers of another machine, or of other versions, do not belong on one page")
+    results: dict[str, Any] = {}
+    for call in calls:
+        shapes = {one["shape"]: one for one in [*results.get("train", []), *call.get("train", [])]}
+        results = {**results, **call} | ({"train": list(shapes.values())} if shapes else {})
+    return [call["command"] for call in calls], results
+
+
+def page(commands: Sequence[str], results: Mapping[str, Any]) -> str:
     """The whole page.
 
     Args:
-        command: that made the numbers.
+        commands: that made the numbers.
         results: `machine`, and by benchmark what it gave; `train` is a list, one entry a shape.
     """
     about = results["machine"]
     bf16 = ", ".join(about["bf16"]) or "no fast bf16"
     lines = [
         "# Performance", "",
-        "Ratios of one run on one machine: every contender has a process of its own, and they take turns. Written by", "",
-        f"    {command}", "",
+        "Ratios on one machine: every contender has a process of its own, and they take turns. Written by", "",
+        *(f"    {command}" for command in commands), "",
         f"on {about['cores']} cores of {about['cpu']} ({'AVX-512, ' if about['avx512'] else ''}{bf16}); "
         + ", ".join(f"{name} {number}" for name, number in about["versions"].items()) + ".", "",
     ]  # fmt: skip
@@ -130,10 +149,11 @@ def page(command: str, results: Mapping[str, Any]) -> str:
         over = results["overhead"]
         lines += [
             "## What callbacks add to a step", "",
-            "A run of configs/demo.yaml on two ranks with its metrics, guard, replica check and the other standard callbacks",
-            "at their default intervals, against the same run without any; validation and checkpoints are left out.", "",
-            f"{over['share_of_a_step']:.1%} of a step (95 % interval over turns: {over['low']:.1%} to {over['high']:.1%});",
-            f"{over['seconds_with']:.4g} and {over['seconds_without']:.4g} s, means of {over['steps']} steps each.", "",
+            "A run of configs/demo.yaml on two ranks: the share of a step that is neither its passes nor its update, with",
+            "metrics, guard, replica check and the other standard callbacks at their default intervals, and what they wait",
+            "for another rank; validation and checkpoints are left out.", "",
+            f"{over['share_of_a_step']:.2%} of a step (95 % interval: {over['low']:.2%} to {over['high']:.2%}), mean of "
+            f"{over['steps']} steps.", "",
         ]  # fmt: skip
     if "curves" in results:
         lines += [

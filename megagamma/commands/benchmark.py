@@ -7,8 +7,8 @@ train       steps of several shapes against the class of transformers that the m
             end in -gated: with gate and q/k-norm, against Qwen3_5ForCausalLM; else without, against LlamaForCausalLM
 ranks       steps on two data-parallel processes of one thread: ours in fp32 and bf16, and the peer in fp32 under torch's
             DistributedDataParallel
-overhead    a run of configs/demo.yaml on two ranks with its metrics, guard, replica check and other standard callbacks,
-            against the same without any
+overhead    of a run of configs/demo.yaml on two ranks, the share of a step that is metrics, guard, replica check and the other
+            standard callbacks
 curves      what ours costs over parameters, sequence length, micro-batch and ranks: tokens/s and peak memory
 memory      peak memory of ours, of the peer, and what the memory plan says
 init        the counter-based streams against `torch.normal_`
@@ -288,6 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--page", help="write the numbers as a page of docs")
     parser.add_argument("--json", help="write the numbers to this file too")
+    parser.add_argument(
+        "--add", nargs="+", default=[], metavar="FILE", help="numbers of earlier calls, written by --json, for the page"
+    )
     args, rest = parser.parse_known_args(arguments)
     if args.quick:
         args.repeats, args.shapes, args.shape = min(args.repeats, 3), args.shapes[:2], "1m"
@@ -298,19 +301,19 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{which} is not a benchmark: use {', '.join(measures)}")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats} must be at least 1")
-    from megagamma.benchmarks.page import machine, page
+    from megagamma.benchmarks.page import machine, merged, page
+    from megagamma.files import read_json, write_json, write_text
 
+    earlier = [read_json(file) for file in args.add]
     for shape in args.shapes:
         shape_arguments(shape)  # refuses where the source tree is missing, before anything is measured
-    results: dict[str, Any] = {"machine": machine()}
+    words = sys.argv[1:] if arguments is None else arguments
+    results: dict[str, Any] = {"command": shlex.join(["python", "tools/benchmark.py", *words]), "machine": machine()}
     for which in args.which or measures:
         results[which] = measures[which]()
         print(which, json.dumps(results[which]), flush=True)
-    from megagamma.files import write_json, write_text
-
     if args.json:
         write_json(args.json, results)
     if args.page:
-        words = sys.argv[1:] if arguments is None else arguments
-        write_text(args.page, page(shlex.join(["python", "tools/benchmark.py", *words]), results))
+        write_text(args.page, page(*merged([*earlier, results])))
     return 0
