@@ -17,8 +17,8 @@ from typing import Literal
 
 from megagamma.config.schema import InitConfig
 
-# The two matrices of a layer whose output is added to the residual stream.
-RESIDUAL_ROLES = ("attention_output", "mlp_down")
+# The matrices of a layer whose output is added to the residual stream; the last two in a mixture of experts.
+RESIDUAL_ROLES = ("attention_output", "mlp_down", "expert_down", "shared_down")
 
 DEEPSEEK_STD = 0.006
 MEGATRON_STD = 0.02

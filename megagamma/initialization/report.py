@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from megagamma.config.schema import ROLES, InitConfig, ModelConfig
+from megagamma.config.schema import ROLES, InitConfig
 from megagamma.errors import InitializationError
 from megagamma.initialization.gamma import attenuation, effective_gamma
 from megagamma.initialization.streams import truncated_variance
@@ -38,6 +38,10 @@ class WeightStatistics:
 
     def __add__(self, other: WeightStatistics) -> WeightStatistics:
         return WeightStatistics(self.count + other.count, self.total + other.total, self.square + other.square)
+
+    def times(self, factor: float) -> WeightStatistics:
+        """Of as many numbers more, with the same mean and std."""
+        return WeightStatistics(round(self.count * factor), self.total * factor, self.square * factor)
 
     @property
     def mean(self) -> float:
@@ -173,7 +177,9 @@ class NormSaturation:
     saturated: bool
 
 
-def norm_saturation(model: ModelConfig, stds: dict[str, float]) -> list[NormSaturation]:
+def norm_saturation(
+    hidden_size: int, epsilon: float, qk_norm: bool, stds: Mapping[str, float], input_scale: float = 1.0
+) -> list[NormSaturation]:
     """Expected saturation of the norms at step 0.
 
     The first norm reads the embedding, whose RMS is its std. At gamma 1 the residual stream stays near that value
@@ -182,10 +188,12 @@ def norm_saturation(model: ModelConfig, stds: dict[str, float]) -> list[NormSatu
     `attenuation`: sqrt(hidden_size) * std * attenuation.
 
     Args:
-        model: width, epsilon and q/k-norm of the model.
-        stds: target std per role; needs embedding, query and key.
+        hidden_size: width of the residual stream.
+        epsilon: of the norms.
+        qk_norm: whether queries and keys are normed.
+        stds: target std per role; needs embedding, query and key. A position embedding is added to the other.
+        input_scale: what the model multiplies its embeddings with.
     """
-    epsilon = model.norm_epsilon
     rows = []
 
     def add(norm: str, rms: float) -> float:
@@ -194,10 +202,10 @@ def norm_saturation(model: ModelConfig, stds: dict[str, float]) -> list[NormSatu
         rows.append(NormSaturation(norm, rms, ratio, gain, ratio < SATURATION_FACTOR))
         return gain
 
-    first = add("first norm (embedding)", stds["embedding"])
-    if model.qk_norm:
+    first = add("first norm (embedding)", input_scale * math.hypot(stds["embedding"], stds.get("position", 0.0)))
+    if qk_norm:
         for role in ("query", "key"):
-            add(f"{role} norm", math.sqrt(model.hidden_size) * stds[role] * first)
+            add(f"{role} norm", math.sqrt(hidden_size) * stds[role] * first)
     return rows
 
 
@@ -210,7 +218,7 @@ def saturation_lines(rows: list[NormSaturation], epsilon: float) -> list[str]:
             f"output rms {row.attenuation:.3f}"
         )
         if row.saturated:
-            text = f"WARNING {text}: saturated, which hides the effect of a small init; use --model.norm_epsilon 1e-12"
+            text = f"WARNING {text}: saturated, which hides the effect of a small init; use a norm epsilon of 1e-12"
         lines.append(text)
     return lines
 

@@ -166,7 +166,10 @@ def inspect(config: Config, world_size: int, by_matrix: bool = False, compare: b
             }
             for row in rows
         ],
-        "norms": [asdict(row) for row in norm_saturation(config.model, stds)],
+        "norms": [
+            asdict(row)
+            for row in norm_saturation(config.model.hidden_size, config.model.norm_epsilon, config.model.qk_norm, stds)
+        ],
         "cost": cost_of(config, world_size),
     }
     if compare:

@@ -130,7 +130,9 @@ def _initialize(config: Config, runtime: Runtime, parameter_map: ParameterMap, f
     drawn = fill(parameter_map, config, partition_writer(runtime))
     matrices = report_drawn(drawn, config, runtime.gather_over_model)
     roles = by_role(matrices, config.init)
-    saturation = norm_saturation(config.model, {row.role: row.asked_std for row in roles})
+    model = config.model
+    stds = {row.role: row.asked_std for row in roles}
+    saturation = norm_saturation(model.hidden_size, model.norm_epsilon, model.qk_norm, stds)
     if runtime.is_main:
         folder.write_init_report(as_json(matrices, roles, saturation, config.init))
         print(table(roles))

@@ -211,7 +211,7 @@ def test_attenuation_table(key):
         decimals = len(text.partition(".")[2])
         std = target_std(InitConfig(gamma=gamma), "embedding", width, ModelShape(width, 4))
         assert f"{attenuation(std, epsilon):.{decimals}f}" == f"{float(text):.{decimals}f}"
-        rows = norm_saturation(ModelConfig(hidden_size=width, norm_epsilon=epsilon, qk_norm=False), {"embedding": std})
+        rows = norm_saturation(width, epsilon, False, {"embedding": std})
         assert [row.attenuation for row in rows] == [attenuation(std, epsilon)]
 
 

@@ -152,7 +152,7 @@ def model(width, epsilon, qk_norm=True):
 
 def test_saturation_is_called_below_ten_times_the_root_of_epsilon():
     for factor, saturated in ((9.99, True), (10.01, False)):
-        (found,) = norm_saturation(model(64, 1e-6, qk_norm=False), {"embedding": factor * 1e-3})
+        (found,) = norm_saturation(64, 1e-6, False, {"embedding": factor * 1e-3})
         assert found.saturated is saturated
         assert found.ratio == pytest.approx(factor)
 
@@ -163,7 +163,7 @@ def test_saturation_is_called_below_ten_times_the_root_of_epsilon():
 def test_warnings_are_on_the_right_side(gamma, epsilon, expected):
     """Width 256, as the demos: gamma 1 needs the small epsilon, gamma 0.5 does not care."""
     std = 256.0**-gamma
-    rows = norm_saturation(model(256, epsilon), {"embedding": std, "query": std, "key": std})
+    rows = norm_saturation(256, epsilon, True, {"embedding": std, "query": std, "key": std})
     assert rows[0].saturated is expected
     lines = saturation_lines(rows, epsilon)
     assert lines[0].startswith("WARNING ") is expected
@@ -177,7 +177,7 @@ def test_query_and_key_norms_against_a_real_projection():
     stds = {"embedding": 1 / 512, "query": 1 / 512, "key": 3 / 512}
     x = torch.from_numpy(drawn(stds["embedding"], name="x", shape=(200, width)))
     normed = torch.nn.functional.rms_norm(x, (width,), eps=epsilon)
-    rows = norm_saturation(model(width, epsilon), stds)
+    rows = norm_saturation(width, epsilon, True, stds)
     assert normed.square().mean().sqrt().item() == pytest.approx(rows[0].attenuation, rel=0.01)
     for name, found in zip(("query", "key"), rows[1:], strict=True):
         weight = torch.from_numpy(drawn(stds[name], name=name, shape=(256, width)))
@@ -187,6 +187,6 @@ def test_query_and_key_norms_against_a_real_projection():
 
 def test_json_is_plain(tmp_path):
     rows = [row(drawn(1e-3), 1e-3)]
-    norms = norm_saturation(model(256, 1e-5), dict.fromkeys(("embedding", "query", "key"), 1e-3))
+    norms = norm_saturation(256, 1e-5, True, dict.fromkeys(("embedding", "query", "key"), 1e-3))
     text = json.dumps(report.as_json(rows, by_role(rows, INIT), norms, INIT))
     assert set(json.loads(text)) == {"init", "roles", "norms", "matrices"}

@@ -1,0 +1,129 @@
+"""Models that cannot be drawn, and what to do instead; all is looked at before anything is changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagamma.adapters.blocks import Plan
+from megagamma.adapters.local import storage_span
+from megagamma.errors import InitializationError
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_model(models: Sequence[nn.Module], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse models whose parameters are not the weights themselves.
+
+    Raises:
+        InitializationError: quantized, adapter-wrapped, or flattened by FSDP 1 or DeepSpeed's ZeRO 3.
+    """
+    for model in models:
+        if getattr(model, "peft_config", None) is not None:
+            raise InitializationError(
+                f"{type(model).__name__}: has adapters (peft_config): draw the base model before they are added, "
+                "or give model.get_base_model() without them"
+            )
+        for module in model.modules():
+            if type(module).__name__ == "FullyShardedDataParallel":
+                raise InitializationError(
+                    "the model is wrapped by FSDP 1, which has flattened its weights: draw it before it is wrapped, or use "
+                    "torch.distributed.fsdp.fully_shard"
+                )
+    for name, parameter in parameters.items():
+        if "lora_" in name:
+            raise InitializationError(f"{name}: is a part of an adapter: draw the base model before adapters are added")
+        if parameter.dtype not in _FLOATS:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InitializationError(
+                f"{name}: is quantized ({kind}): draw the model in fp32 or bf16, and quantize it then"
+            )
+        if type(parameter).__name__ in ("Params4bit", "Int8Params"):
+            raise InitializationError(f"{name}: is quantized (bitsandbytes): draw the model in fp32 or bf16 first")
+        if hasattr(parameter, "ds_tensor"):
+            raise InitializationError(
+                f"{name}: is partitioned by DeepSpeed's ZeRO 3: draw the model before deepspeed.initialize, without "
+                "deepspeed.zero.Init"
+            )
+
+
+def check_drawable(parameters: Mapping[str, Tensor], optimizer: Any) -> None:
+    """Refuse weights without memory, and those that an optimizer has taken over.
+
+    Raises:
+        InitializationError: on the meta device; an optimizer that has made steps, or that holds copies in fp32.
+    """
+    for name, parameter in parameters.items():
+        if parameter.device.type == "meta":
+            raise InitializationError(
+                f"{name}: is on the meta device, without memory: model.to_empty(device=...) first, let the model's own code "
+                "fill its buffers, then draw; dry_run=True shows the targets"
+            )
+        for attribute in ("main_param", "_hp_mapping"):
+            if getattr(parameter, attribute, None) is not None:
+                raise InitializationError(
+                    f"{name}: an optimizer holds an fp32 copy of it ({attribute}), which would put the old weights back at the "
+                    "first step: draw the model before the optimizer is built"
+                )
+    if optimizer is None:
+        return
+    if any(getattr(optimizer, "state", None) or {}):
+        raise InitializationError(
+            f"optimizer={type(optimizer).__name__} has state of {len(optimizer.state)} weights already: draw the model before "
+            "the first step, and build the optimizer anew"
+        )
+    own = {id(parameter) for parameter in parameters.values()}
+    for group in getattr(optimizer, "param_groups", []):
+        for tensor in group["params"]:
+            if id(tensor) not in own:
+                raise InitializationError(
+                    f"optimizer={type(optimizer).__name__} holds a tensor of shape {tuple(tensor.shape)} that is not the "
+                    "model's, such as an fp32 copy: draw the model before the optimizer is built"
+                )
+
+
+def aliases(parameters: Mapping[str, Tensor], plan: Plan) -> set[str]:
+    """Names of weights that are drawn under another one: a head that is the embedding.
+
+    Raises:
+        InitializationError: weights that are tied, or share memory, in any other way.
+    """
+    first: dict[Any, str] = {}
+    found: set[str] = set()
+    for name, parameter in parameters.items():
+        span = storage_span(parameter)
+        other = first.setdefault(id(parameter) if span is None else (span, parameter.shape), name)
+        if other == name:
+            continue
+        roles = {one: _role(plan, one) for one in (other, name)}
+        if set(roles.values()) == {"embedding", "head"}:
+            found.add(next(one for one, role in roles.items() if role == "head"))
+        elif plan.entries.get(other) == plan.entries.get(name):
+            found.add(name)
+        else:
+            raise InitializationError(
+                f"{other} ({roles[other]}) and {name} ({roles[name]}) are one weight: only an embedding and a head may be "
+                "tied; give both one role by roles="
+            )
+    _check_overlaps({name: parameter for name, parameter in parameters.items() if name not in found})
+    return found
+
+
+def _role(plan: Plan, name: str) -> str:
+    entry = plan.entries.get(name)
+    return entry[0].logical.role if isinstance(entry, tuple) else type(entry).__name__.lower()
+
+
+def _check_overlaps(parameters: Mapping[str, Tensor]) -> None:
+    spans = sorted(
+        (*span, name) for name, parameter in parameters.items() if (span := storage_span(parameter)) is not None
+    )
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise InitializationError(
+                f"{name} and {other} share memory, and would be drawn into each other: give each its own"
+            )
