@@ -38,7 +38,7 @@ def run():
     with open(path, "w") as file:
         assert file.fileno() > 2, "no file stands where libraries print"
         for step in range(2000):
-            print(f"step {step} \\u00e9", flush=step % 2 == 0)
+            print(f"step {step} \\u00e9", "." * 60, flush=step % 2 == 0)  # more than a pipe holds
             print("warning", file=sys.stderr)
             file.write(f"{step}\\n")
     if mode == "fails":
@@ -81,7 +81,7 @@ def test_a_table_for_a_reader_that_is_gone_still_ends_at_once(tmp_path: Path) ->
 def test_a_character_that_the_console_lacks(tmp_path: Path) -> None:
     code, lines = start(tmp_path, "as it is", "run", PYTHONIOENCODING="ascii")
     assert (code, len(lines)) == (0, 2000)
-    assert (tmp_path / "out").read_text().splitlines()[0] == "step 0 \\xe9"
+    assert (tmp_path / "out").read_text().startswith("step 0 \\xe9 ")
 
 
 def _train_with(descriptors: str, arguments: list[str]) -> None:

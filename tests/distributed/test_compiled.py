@@ -1,4 +1,4 @@
-"""Compiled regions under layouts and recomputation: the losses of torch's own kernels, to rounding."""
+"""Compiled layers and regions under layouts and recomputation: the losses of torch's own kernels, to rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(compiler_problem(torch.device("cpu")) != "", rea
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name.startswith("ZeRO 3") else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    "layout", [name if name.startswith("pipeline") else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 def test_losses(two_ranks: RankPool, data_cache: str, layout: str) -> None:
     # At the config's own learning rate rounding grows from step to step.

@@ -1,4 +1,4 @@
-"""What must hold on a GPU. The same code runs on the CPU here, so that the checks themselves are known to work.
+"""What must hold on a GPU. `make test-all` runs the same code on the CPU, so that the checks themselves are known to work.
 
 `megagamma gpu_check` runs the half that needs a GPU.
 """
@@ -20,7 +20,7 @@ from megagamma.runs.folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
 DEVICES = [
-    "cpu",
+    pytest.param("cpu", marks=pytest.mark.slow),
     pytest.param(
         "cuda",
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
@@ -77,7 +77,7 @@ def test_a_compiled_model_is_the_model(measured: dict[str, Any]) -> None:
     assert found["compiled gradient"] == pytest.approx(found["eager gradient"], rel=1e-3)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), *DEVICES[1:]])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_run_saves_resumes_and_exports(device: str, root: Path, data_cache: str, tmp_path: Path) -> None:
     arguments = [
         "megagamma/pretrain.py", "--config", "configs/smoke.yaml", "--data.cache", data_cache,

@@ -75,6 +75,7 @@ def test_equals_its_modules(one_rank: RankPool, gate: str, qk_norm: str) -> None
     assert found["found"] < TOLERANCE < found["control"]
 
 
+@pytest.mark.slow  # as of whole models in tests/distributed/test_compiled.py
 def test_compiled_equals_its_modules(one_rank: RankPool) -> None:
     import torch
 
