@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megagamma.config.schema import ROLES
 from megagamma.model.parameters import LogicalParameter
@@ -69,7 +69,6 @@ class Plan:
     qk_norm: bool = False
     input_scale: float = 1.0
     """What the model multiplies its embeddings with."""
-    notes: list[str] = field(default_factory=list)
 
     def logical(self) -> dict[str, LogicalParameter]:
         """Every logical matrix by its name, in order."""

@@ -183,12 +183,24 @@ def _gated_llama() -> tuple[Rule, ...]:
     return (gate, *_llama())
 
 
+def _lfm3() -> tuple[Rule, ...]:
+    """LFM3's attention layers: a gate per head, and an MLP of other names."""
+    feed_forward = {"1": MLP["gate"], "2": MLP["down"], "3": MLP["up"]}
+    return (
+        (_LAYER + r"feed_forward\.w(?P<short>[123])\.weight", by_group(feed_forward)),
+        (_LAYER + r"(?:operator_norm|ffn_norm)\.weight", gain()),
+        (_MODEL + r"embedding_norm\.weight", gain()),
+        *_gated_llama(),
+    )
+
+
 TABLES: dict[str, Callable[[], tuple[Rule, ...]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2"), _llama),
     "gated_llama": _gated_llama,
+    "lfm3": _lfm3,
     **dict.fromkeys(("gemma3", "gemma3_text"), lambda: _llama(0.0)),
     **dict.fromkeys(("qwen3_moe", "qwen2_moe"), lambda: (*_experts_rules(), *_llama())),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _qwen3_5),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), _qwen3_5),
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }

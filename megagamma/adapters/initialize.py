@@ -138,22 +138,6 @@ def _draw(
             normal_(view, seed=seed, name=logical.name, global_shape=logical.shape, start=start, std=std, truncate=cut)
 
 
-def _zero_padding(models: list[nn.Module], tensors: Mapping[str, LocalTensor]) -> list[str]:
-    """Zero the row of a token that an embedding is told to give no vector, as torch does; returns notes."""
-    notes = []
-    for model in models:
-        for name, module in model.named_modules():
-            row = getattr(module, "padding_idx", None)
-            local = tensors.get(f"{name}.weight")
-            if not isinstance(row, int) or local is None or not isinstance(module, nn.Embedding):
-                continue
-            here = row - local.start[0]
-            if 0 <= here < local.values.shape[0]:
-                local.values[here].zero_()
-            notes.append(f"{name}: row {row} is zero: its padding_idx")
-    return notes
-
-
 @torch.no_grad()
 def initialize(
     model: Models,
@@ -224,7 +208,6 @@ def initialize(
     if not dry_run:
         for name, entry in plan.entries.items():
             _draw(found[name], entry, stds, seed, cut)
-        plan.notes += _zero_padding(models, found)
     kept = {name: entry.reason for name, entry in plan.entries.items() if isinstance(entry, Kept)}
     return Report(plan, init, _measured(plan, found), not dry_run, kept)
 

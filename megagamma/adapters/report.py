@@ -175,4 +175,4 @@ class Report:
         if self.norms and self.plan.epsilon:
             lines += saturation_lines(self.norms, self.plan.epsilon)
         lines += [f"kept: {name}: {reason}" for name, reason in self.kept.items()]
-        return "\n".join([*lines, *self.plan.notes])
+        return "\n".join(lines)
