@@ -18,6 +18,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -133,6 +134,13 @@ def main_guard(function: Callable[[], int | None]) -> int:
         if rank == 0 or error.on_one_rank:
             _print_error(rank, str(error))
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if not is_an_extra(error.name):
+            return _unforeseen(error)
+        _print_error(
+            0, f"{error.name} is not installed: pip install 'megagamma[train]', or 'megagamma[eval]' for benchmarks too"
+        )
+        return 2
     except (MemoryError, RecursionError) as error:
         return _say(error, _out_of_space(error), 2)
     except KeyboardInterrupt:
@@ -144,6 +152,21 @@ def main_guard(function: Callable[[], int | None]) -> int:
         return 0
     except Exception as error:  # noqa: BLE001 - the last one that could say what it is
         return _unforeseen(error)
+
+
+def is_an_extra(module: str | None) -> bool:
+    """Whether a module that is missing belongs to the extras, without which only `megagamma.initialize` works."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        lines = [
+            line for line in requires("megagamma") or [] if "extra ==" in line and "test" not in line.split(";")[1]
+        ]
+    except PackageNotFoundError:
+        return False
+    names = {re.split(r"[\[<>=!~; ]", line)[0].replace("-", "_").lower() for line in lines}
+    root = (module or "").split(".")[0].lower()
+    return {"yaml": "pyyaml", "megatron": "megatron_core"}.get(root, root) in names
 
 
 def one_line(text: str) -> str:

@@ -71,7 +71,7 @@ def check_drawable(parameters: Mapping[str, Tensor], optimizer: Any) -> None:
                 )
     if optimizer is None:
         return
-    if any(getattr(optimizer, "state", None) or {}):
+    if len(getattr(optimizer, "state", None) or ()) > 0:
         raise InitializationError(
             f"optimizer={type(optimizer).__name__} has state of {len(optimizer.state)} weights already: draw the model before "
             "the first step, and build the optimizer anew"
