@@ -4,22 +4,29 @@
     megagamma inspect_init --config configs/model/70b.yaml --parallel.tensor 8 --parallel.pipeline 4
         --world_size 256 --data.micro_batch_size 1 --data.global_batch_size 512
     megagamma inspect_init --config configs/model/1b.yaml --init.gamma 0.5 --compare --json init.json
+    megagamma inspect_init --model FOLDER_OR_CONFIG_JSON [--init.gamma 1] [--role 'PATTERN=ROLE' ...]
 
 Every option of a run works here. The measured stds are of a sample drawn from the very streams that a run fills
 its weights from; z is their distance from the target std in standard errors (a few are normal, beyond
-init.max_z a run refuses to start). With --parallel.memory_gib the exit code is 2 when the run does not fit.
+init.max_z a run refuses to start). --model looks at a Hugging Face model instead: the std of its weights by role as they are,
+read from its safetensors files without loading it, beside what --init would draw (inspect_init --model X --help lists its
+options); of a config.json the latter alone. With --parallel.memory_gib the exit code is 2 when the run does not fit.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
 
 from megagamma.config.io import build_parser, parse_namespace, to_config
 from megagamma.config.resolve import resolve, validate
-from megagamma.config.schema import Config, padded_vocab_size
+from megagamma.config.schema import Config, InitConfig, padded_vocab_size
 from megagamma.errors import ConfigurationError
 from megagamma.reporting.tables import aligned_table
 
@@ -137,8 +144,59 @@ def print_cost(cost: dict[str, Any]) -> None:
     )
 
 
+def inspect_model(words: list[str]) -> int:
+    """Print how a Hugging Face model is drawn, and would be.
+
+    Raises:
+        MegagammaError: see `megagamma.huggingface.drawn.report_of`.
+    """
+    found = argparse.ArgumentParser(
+        prog="megagamma inspect_init", description="How a Hugging Face model is drawn, from its files."
+    )
+    found.add_argument("--model", type=Path, required=True, help="a folder with safetensors files, or a config.json")
+    for option in dataclasses.fields(InitConfig):
+        if option.name in ("scheme", "gamma", "std", "residual_fan_in", "depth_scale"):
+            kind: Callable[[str], Any] = _KINDS.get(option.name, str)
+            found.add_argument(f"--init.{option.name}", dest=option.name, type=kind, default=option.default)
+    found.add_argument(
+        "--role", action="append", default=[], metavar="PATTERN=ROLE",
+        help="role of the tensors whose names match, such as '*.wq.weight=query'; may be repeated",
+    )  # fmt: skip
+    found.add_argument("--tensor-level", action="store_true", help="one row per matrix in place of one per role")
+    found.add_argument("--json", default="", metavar="FILE", help="write all of it to a file")
+    given = vars(found.parse_args(words))
+    path, pairs, by_matrix, output = (given.pop(name) for name in ("model", "role", "tensor_level", "json"))
+    roles = {}
+    for pair in pairs:
+        pattern, separator, role = pair.rpartition("=")
+        if not separator:
+            raise ConfigurationError(f"--role {pair}: must be PATTERN=ROLE, such as '*.wq.weight=query'")
+        roles[pattern] = role
+    from megagamma.files import write_json
+    from megagamma.huggingface.drawn import report_of
+
+    report = report_of(path, roles, **given)
+    print(report.table("matrix") if by_matrix else report)
+    if output:
+        write_json(output, report.as_dict())
+        print(f"written to {output}")
+    return 0
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() == "true"
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {"gamma": float, "std": float, "depth_scale": _truth}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, inspect, print."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word.split("=")[0] == "--model" for word in words):
+        return inspect_model(words)
     namespace = parse_namespace(parser(), arguments)
     config = config_of(namespace)
     # torch is imported only now, so that --help and a mistyped option are answered at once.

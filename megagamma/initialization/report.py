@@ -31,6 +31,10 @@ class WeightStatistics:
     def of(cls, values: Tensor) -> WeightStatistics:
         """Of all numbers of a tensor, in float64, a chunk at a time."""
         statistics = cls()
+        if values.dim() == 2 and not values.is_contiguous():  # to flatten it would be to copy it whole
+            for rows in values.split(max(1, _CHUNK // max(values.shape[1], 1))):
+                statistics += cls.of(rows.contiguous())
+            return statistics
         for chunk in values.detach().flatten().split(_CHUNK):
             wide = chunk.double()
             statistics += cls(wide.numel(), float(wide.sum()), float(wide.square().sum()))

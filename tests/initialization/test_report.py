@@ -167,7 +167,7 @@ def test_warnings_are_on_the_right_side(gamma, epsilon, expected):
     assert rows[0].saturated is expected
     lines = saturation_lines(rows, epsilon)
     assert lines[0].startswith("WARNING ") is expected
-    assert ("--model.norm_epsilon 1e-12" in lines[0]) is expected
+    assert ("norm epsilon of 1e-12" in lines[0]) is expected
     assert len(lines) == 3
 
 
