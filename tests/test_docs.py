@@ -70,13 +70,14 @@ def module_problems(text: str) -> list[str]:
 
 
 def defined(file: Path) -> set[str]:
-    """Names that a module defines at its top."""
+    """Names that a module defines at its top, or lists in `__all__`, as those that it imports when they are asked for."""
     names = set()
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            targets = {target.id for target in node.targets if isinstance(target, ast.Name)}
+            names |= set(ast.literal_eval(node.value)) if targets == {"__all__"} else targets
     return names
 
 

@@ -46,6 +46,19 @@ def test_files_and_model_give_one_answer(folder: Path, monkeypatch: pytest.Monke
     assert rows["mlp_up"] == pytest.approx(0.02, rel=0.05) and rows["mlp_down"] == pytest.approx(0.01, rel=0.05)
 
 
+def test_experts_of_files_and_of_memory(tmp_path: Path) -> None:
+    """transformers stacks experts in memory and writes them one by one."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=50,
+        intermediate_size=48, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    found, loaded = report_of(tmp_path, {}), megagamma.initialize(model, dry_run=True)
+    assert "model.layers.0.mlp.experts.2.down_proj.weight" in stds(found)
+    assert stds(found) == pytest.approx(stds(loaded), rel=1e-12)
+
+
 def test_a_config_has_targets_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_init.main(["--model", str(folder / "config.json"), "--init.gamma", "0.5"]) == 0
     out = capsys.readouterr().out
