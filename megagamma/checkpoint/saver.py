@@ -135,6 +135,23 @@ def _sliced_tensors(engine: Engine, kinds: tuple[str, ...] = KINDS) -> Iterator[
                 yield kind, unit.logical.name, slices
 
 
+def whole_states(engine: Engine) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, {kind: whole logical tensor}) of what this rank owns, one name at a time: weight and both moments.
+
+    A collective, as `whole_tensors`; a tensor may be a view of the engine's state.
+    """
+    runtime, local, current = engine.runtime, {}, None
+    for unit in _work_units(engine):
+        if unit.tensor is not current:
+            local, current = {kind: engine.state.get(unit.tensor, kind) for kind in KINDS}, unit.tensor
+        if unit.data_owner != runtime.data_rank:
+            continue
+        parts = {kind: _assemble(unit, values, runtime) for kind, values in local.items()}
+        whole = {kind: _joined(slices) for kind, slices in parts.items() if slices is not None}
+        if whole:
+            yield unit.logical.name, whole
+
+
 def _reason(error: BaseException) -> str:
     """Why a file could not be written, in words for a user."""
     if isinstance(error, OSError):

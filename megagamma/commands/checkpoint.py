@@ -3,11 +3,13 @@
     megagamma checkpoint inspect runs/mine                   # the newest; --step 500 for another
     megagamma checkpoint verify runs/mine                    # all of the run, and the newest valid one
     megagamma checkpoint diff runs/a runs/b --tolerance 1e-5
+    megagamma checkpoint lineage runs/mine                   # is step 0 the seed's draw, and is each step its own?
     megagamma checkpoint seal runs/mine                      # add the checksum that checkpoint.json of version 0.1 lacks
 
 A PATH is a checkpoint's folder, a link to one, or a run's; links inside a run are none of its checkpoints. Exit codes:
-0; 1 when `diff` finds tensors that differ by more than the tolerance; 2 when a checkpoint is corrupt (the file is named)
-or not there. Options that differ are shown by `diff`, but do not count: two runs have different folders at least.
+0; 1 when `diff` finds tensors that differ by more than the tolerance, or `lineage` a step that is not what it says; 2 when a
+checkpoint is corrupt (the file is named) or not there. Options that differ are shown by `diff`, but do not count: two runs
+have different folders at least.
 
 Checksums guard against accidents and not against intent: whoever can write a checkpoint can write its checksums.
 """
@@ -22,7 +24,7 @@ from typing import Any
 from megagamma.errors import CheckpointError, ConfigurationError
 from megagamma.files import write_json
 from megagamma.reporting.tables import aligned_table
-from megagamma.runs.folder import checkpoint_folders
+from megagamma.runs.folder import RunFolder, checkpoint_folders
 
 # What reads checkpoints imports torch, and is imported when it is needed: a wrong path is answered at once.
 
@@ -122,6 +124,18 @@ def diff(known: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def lineage(known: argparse.Namespace) -> dict[str, Any]:
+    """Print whether a run's checkpoints are the seed's draw and what became of it, step by step."""
+    run = RunFolder(known.path).require_run()
+    from megagamma.dynamics.lineage import lineage as examine
+
+    found = examine(run)
+    for text, lines in (("holds", found.shown), ("not shown", found.not_shown), ("WRONG", found.problems)):
+        for line in lines:
+            print(f"{text:<10}{line}")
+    return {"shown": found.shown, "not_shown": found.not_shown, "problems": found.problems}
+
+
 def _json(value: Any) -> Any:
     """JSON has no numbers that are not finite: null."""
     if isinstance(value, dict):
@@ -135,14 +149,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, do, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, action in (("inspect", inspect), ("verify", verify), ("diff", diff), ("seal", seal)):
+    for name, action in (
+        ("inspect", inspect),
+        ("verify", verify),
+        ("diff", diff),
+        ("lineage", lineage),
+        ("seal", seal),
+    ):
         summary = (action.__doc__ or "").split(".")[0]
         about = summary + (f". {LIMITS}" if name == "verify" else ".")
         one = commands.add_parser(name, help=summary.lower(), description=about)
         one.set_defaults(action=action)
         for argument in ("a", "b") if name == "diff" else ("path",):
             one.add_argument(argument, type=Path, help="folder of a checkpoint, or of a run")
-        one.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest; verify, seal: all)")
+        if name != "lineage":
+            one.add_argument(
+                "--step", type=int, help="which checkpoint of a run (default: the newest; verify, seal: all)"
+            )
         one.add_argument("--json", type=Path, metavar="FILE", help="write the result to a file")
         if name == "verify":
             one.add_argument("--quick", action="store_true", help="compare sizes and headers only, not checksums")
@@ -157,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(known.json, _json(found))
     if known.command == "diff":
         return 0 if found["equal"] else 1
+    if known.command == "lineage":
+        return 1 if found["problems"] else 0
     if known.command in ("verify", "seal"):
         problems = found["problems"]
         if problems:

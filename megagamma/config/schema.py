@@ -311,6 +311,19 @@ class ValidationConfig:
 
 
 @dataclass
+class DynamicsConfig:
+    """Numbers of every weight matrix while a run trains, in dynamics.jsonl: see docs/dynamics.md."""
+
+    interval: int = option(0, minimum=0)
+    """Steps between measurements. 0: only those of dynamics.log_spaced."""
+    log_spaced: bool = False
+    """Also measure at steps 0, 1, 2, 4, 8, ... and after the last one."""
+    instruments: list[str] = field(default_factory=lambda: ["weights", "heads", "motion"])
+    """weights: condensation, ranks, norms, distances from the start; spectrum: all singular values of large matrices too;
+    heads: norm and stable rank of each; motion: gradients, updates, moments."""
+
+
+@dataclass
 class GuardConfig:
     """What happens when the loss or the gradients stop making sense."""
 
@@ -371,6 +384,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     deepspeed_config: str = "auto"

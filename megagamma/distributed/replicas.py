@@ -129,10 +129,9 @@ def check_gradients(engine: Any) -> None:
     Raises:
         TrainingError: on every rank, naming the first weight whose gradients differ.
     """
-    from deepspeed.utils import safe_get_full_grad
 
     def values(tensor: MappedTensor) -> Tensor:
-        gradient = tensor.parameter.grad if engine.zero_stage == 0 else safe_get_full_grad(tensor.parameter)
+        gradient = engine.state.gradient(tensor)
         if gradient is None:
             return torch.zeros(1, device=engine.runtime.device)
         return gradient.contiguous()

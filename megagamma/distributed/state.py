@@ -83,6 +83,17 @@ class OptimizerState:
             whole = safe_get_full_optimizer_state(parameter, kind)
         return whole.detach().view(tensor.shape).to(self.runtime.device, torch.float32)
 
+    def gradient(self, tensor: MappedTensor) -> Tensor | None:
+        """The reduced gradient of a tensor, between backward and update: before it is clipped, in any shape.
+
+        A collective over data-parallel ranks under ZeRO 1 to 3.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter: Any = tensor.parameter
+        found: Tensor | None = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
+        return found
+
     @torch.no_grad()
     def set(self, tensor: MappedTensor, kind: str, value: Tensor) -> None:
         """Write a whole tensor; a weight goes into the model too, rounded to its dtype. Not a collective."""

@@ -146,6 +146,8 @@ class RunFolder:
         self.events_file = self.path / "events.jsonl"
         self.attempts_file = self.path / "attempts.jsonl"
         self.samples_file = self.path / "samples.jsonl"
+        self.dynamics_file = self.path / "dynamics.jsonl"
+        self.analysis_file = self.path / "analysis.jsonl"
         self.tokenizer_file = self.path / "tokenizer.model"
         self.checkpoints = self.path / "checkpoints"
         self.exports = self.path / "hf"
@@ -307,6 +309,14 @@ class RunFolder:
     def samples(self) -> JsonLines:
         """Texts that the model wrote, by ascending step."""
         return JsonLines(self.samples_file)
+
+    def dynamics(self) -> JsonLines:
+        """Numbers of its matrices that the run measured, by ascending step: see `megagamma.dynamics`."""
+        return JsonLines(self.dynamics_file)
+
+    def analysis(self) -> JsonLines:
+        """The same, measured from its checkpoints afterwards; a step may come again, and its last line holds."""
+        return JsonLines(self.analysis_file)
 
 
 def checkpoint_folders(path: Path, step: int | None = None) -> list[Path]:

@@ -185,6 +185,7 @@ def content_hash(config: Config, data: list[Any], as_given: bool = False) -> str
     for section, keys in _IRRELEVANT.items():
         for key in keys:
             values[section].pop(key, None)
+    del values["dynamics"]  # it looks, and changes nothing
     for (section, key), default in _ADDED.items():
         if values[section][key] == default:
             del values[section][key]

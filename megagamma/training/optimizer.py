@@ -8,14 +8,24 @@ from megagamma.config.schema import OptimizerConfig
 from megagamma.model.parameters import MappedTensor, ParameterMap
 
 
+def role_decays(role: str, optimizer: OptimizerConfig) -> bool:
+    """Whether weight decay acts on a role: on matrices it does, on gains only with `optimizer.decay` all."""
+    return optimizer.decay == "all" or role != "norm"
+
+
 def decays(tensor: MappedTensor, optimizer: OptimizerConfig) -> bool:
-    """Whether weight decay acts on a tensor: matrices do, gains only with `optimizer.decay` all."""
-    return optimizer.decay == "all" or tensor.role != "norm"
+    """Whether weight decay acts on a tensor, by its role."""
+    return role_decays(tensor.role, optimizer)
+
+
+def factor_of_role(role: str, optimizer: OptimizerConfig) -> float:
+    """Learning-rate factor of a role."""
+    return optimizer.lr_factors.get(role, 1.0)
 
 
 def learning_rate_factor(tensor: MappedTensor, optimizer: OptimizerConfig) -> float:
     """Learning-rate factor of a tensor's role; roles fused in one tensor have one factor by the config's rules."""
-    return optimizer.lr_factors.get(tensor.role, 1.0)
+    return factor_of_role(tensor.role, optimizer)
 
 
 def parameter_groups(parameter_map: ParameterMap, optimizer: OptimizerConfig) -> list[dict[str, Any]]:

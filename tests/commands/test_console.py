@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
         ("prepare", "did you mean prepare_data?"),
         ("pretrian", "did you mean pretrain?"),
         ("chekpoint", "did you mean checkpoint?"),
-        ("zzz", "use pretrain, benchmark, "),
+        ("zzz", "use pretrain, analyze_run, "),
     ],
 )
 def test_an_unknown_command_is_answered_with_the_nearest(
