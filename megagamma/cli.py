@@ -3,7 +3,7 @@
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | what was checked is not so: checkpoints differ, or are not what they say, a task could not be scored, data is missing, a layout is unequal |
+| 1 | what was checked is not so: checkpoints differ or are false, a score fails, data is missing, a layout is unequal |
 | 2 | the command line, the config, the data or the machine must be fixed: one line on standard error says what |
 | 3 | stopped by the guard: a loss or gradient that is not finite, a spike, unequal results; or the last steps did nothing |
 | 70 | a failure that was not foreseen: one line names the file of its report |

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import linear
@@ -124,8 +125,19 @@ class WholeLayer(TransformerLayer):
     """Megatron's layer of this project's modules, as one function where that is possible.
 
     It is where there is one tensor-parallel rank, no mask of documents, nothing of the layer computed again in the backward
-    pass, and no weight that ZeRO 3 gathers as its module is called. Elsewhere the modules are called, as Megatron does.
+    pass, no weight that ZeRO 3 gathers as its module is called, and no hook on a module inside. Elsewhere the modules are
+    called, as Megatron does.
     """
+
+    @functools.cached_property
+    def _inner(self) -> list[torch.nn.Module]:
+        return [module for module in self.modules() if module is not self]
+
+    def _is_hooked(self) -> bool:
+        return any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in self._inner
+        )
 
     @functools.cached_property
     def _arguments(self) -> tuple[Region, list[Tensor | None]] | None:
@@ -159,7 +171,7 @@ class WholeLayer(TransformerLayer):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         """hidden_states [s, b, hidden] -> the same, and None; rotary_pos_emb: see `megagamma.model.rotary.rotate`."""
-        if attention_mask is not None or self._arguments is None:
+        if attention_mask is not None or self._arguments is None or self._is_hooked():
             arguments = {"attention_mask": attention_mask, "rotary_pos_emb": rotary_pos_emb, **kwargs}
             return super().forward(hidden_states, **arguments)  # type: ignore[no-any-return]
         region, weights = self._arguments

@@ -88,12 +88,19 @@ def test_compiled_equals_its_modules(one_rank: RankPool) -> None:
 
 
 def who_is_called(arguments: list[str]) -> list[bool]:
-    """Whether the function serves the layer: as it is, with a mask, and with a weight that ZeRO 3 has partitioned."""
+    """Whether the function serves the layer: as it is, with a mask, with a hook inside, and with a weight that ZeRO 3 has
+    partitioned."""
     import torch
 
     layer, table = layer_of(arguments)
-    called = []
-    layer.mlp.register_forward_pre_hook(lambda *_: called.append(True))
+    called: list[bool] = []
+    inner = layer.mlp.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        called.append(True)
+        return inner(*inputs, **named)
+
+    layer.mlp.forward = forward
 
     def is_function(mask: Any) -> bool:
         called.clear()
@@ -101,11 +108,14 @@ def who_is_called(arguments: list[str]) -> list[bool]:
         return not called
 
     found = [is_function(None), is_function(torch.ones(1, 1, 16, 16, dtype=torch.bool).triu(1))]
+    handle = layer.self_attention.linear_proj.register_forward_hook(lambda *_: None)
+    found.append(is_function(None))
+    handle.remove()
     del layer.__dict__["_arguments"]
     layer.mlp.linear_fc1.weight.ds_id = 1
     return [*found, is_function(None)]
 
 
 def test_modules_are_called_where_they_are_needed(one_rank: RankPool) -> None:
-    assert one_rank.run(who_is_called, [])[0] == [True, False, False]
-    assert one_rank.run(who_is_called, ["--model.recompute", "selective"])[0] == [False, False, False]
+    assert one_rank.run(who_is_called, [])[0] == [True, False, False, False]
+    assert one_rank.run(who_is_called, ["--model.recompute", "selective"])[0] == [False] * 4
