@@ -6,6 +6,7 @@
     megagamma sweep status configs/sweeps/smoke.yaml
     megagamma sweep collect configs/sweeps/smoke.yaml        # table.csv and table.parquet of every validation
     megagamma sweep evaluate configs/sweeps/smoke.yaml -- --tasks reasoning       # options of convert_and_eval
+    megagamma sweep report configs/sweeps/smoke.yaml                              # report.html in the sweep's folder
     megagamma sweep retry configs/sweeps/smoke.yaml [POINT]  # lets points that were given up run again
     megagamma sweep cancel configs/sweeps/smoke.yaml         # ends the runner or the jobs; points save first
 
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "status": "what has become of every point",
         "collect": "write the table of every validation",
         "evaluate": "convert the finished points and score them on benchmarks",
+        "report": "write a page about the points: losses, and how weights condense and expand",
         "retry": "let points that were given up run again",
         "cancel": "end the runner, or the jobs",
     }
@@ -458,9 +460,22 @@ def evaluate(args: argparse.Namespace) -> int:
     return convert_and_eval([*finished, *args.options])
 
 
+def report(args: argparse.Namespace) -> int:
+    """Write a page about the points that have steps."""
+    sweep, folder, points = _load(args)
+    states = _require_states(folder, points, sweep)
+    from megagamma.commands.report import write_report
+
+    begun = [state.folder for state in states if (state.folder / "metrics.jsonl").is_file()]
+    if not begun:
+        raise ConfigurationError(f"{folder.path}: no point has steps yet: see megagamma sweep status {sweep.file}")
+    write_report(begun, folder.path / "report.html", f"Sweep {sweep.name}")
+    return 0
+
+
 ACTIONS = {
     "plan": plan, "run": run, "submit": submit, "status": status, "collect": collect,
-    "evaluate": evaluate, "retry": retry, "cancel": cancel,
+    "evaluate": evaluate, "report": report, "retry": retry, "cancel": cancel,
 }  # fmt: skip
 
 

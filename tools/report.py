@@ -1,0 +1,9 @@
+"""`megagamma report`, from a checkout."""
+
+import sys
+
+from megagamma.cli import main_guard
+from megagamma.commands.report import main
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
