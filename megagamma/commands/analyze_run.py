@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", nargs="+", type=int, help="of these checkpoints only")
     parser.add_argument(
-        "--instruments", nargs="+", default=INSTRUMENTS, help=f"default: {' '.join(INSTRUMENTS)}; or spectrum"
+        "--instruments",
+        nargs="+",
+        default=INSTRUMENTS,
+        help=f"default: {' '.join(INSTRUMENTS)}; also spectrum, and activations for runs",
     )
     parser.add_argument("--json", default="", metavar="FILE", help="write all lines to a file, by path")
     given = parser.parse_args(arguments)

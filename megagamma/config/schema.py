@@ -320,7 +320,8 @@ class DynamicsConfig:
     """Also measure at steps 0, 1, 2, 4, 8, ... and after the last one."""
     instruments: list[str] = field(default_factory=lambda: ["weights", "heads", "motion"])
     """weights: condensation, ranks, norms, distances from the start; spectrum: all singular values of large matrices too;
-    heads: norm and stable rank of each; motion: gradients, updates, moments."""
+    heads: norm and stable rank of each; motion: gradients, updates, moments; activations: the residual stream, norms, attention
+    and gates on eight held-out samples."""
 
 
 @dataclass

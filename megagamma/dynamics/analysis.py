@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megagamma.dynamics.measure import record
+from megagamma.dynamics.rebuilt import activations_of_checkpoint
 from megagamma.dynamics.sources import of_checkpoint
 from megagamma.errors import MegagammaError
 from megagamma.runs.folder import RunFolder
@@ -31,6 +32,8 @@ def records(run: RunFolder) -> list[dict[str, Any]]:
         for role, values in line["roles"].items():
             known["roles"].setdefault(role, {}).update(values)
         known["baselines"] = {**known.get("baselines", {}), **line.get("baselines", {})}
+        if "activations" in line:
+            known["activations"] = line["activations"]
         known["instruments"] = sorted({*known.get("instruments", []), *line.get("instruments", [])})
     return [found[step] for step in sorted(found)]
 
@@ -66,6 +69,8 @@ def analyze(
     head_dim = run.read_config().model.head_dim
     for step in missing(run, instruments, steps):
         line = record(of_checkpoint(run.checkpoint(step)), instruments, head_dim)
+        if "activations" in instruments:
+            line["activations"] = activations_of_checkpoint(run.checkpoint(step))
         run.analysis().write(line)
         yield step, line
 

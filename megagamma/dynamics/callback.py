@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from megagamma.config.schema import DynamicsConfig
+from megagamma.dynamics.activations import measure_activations, probe_batches
 from megagamma.dynamics.measure import check_instruments, line, measure
 from megagamma.dynamics.sources import of_engine
+from megagamma.errors import ConfigurationError
 from megagamma.training.callbacks.base import Callback, Step
 
 
@@ -37,9 +39,18 @@ class Dynamics(Callback):
         return bool(interval and step % interval == 0) or (log_spaced and (power_of_two or is_last))
 
     def begin(self) -> None:
-        """Measure the untrained model; drop lines of steps that will be made again."""
+        """Measure the untrained model; drop lines of steps that will be made again.
+
+        Raises:
+            ConfigurationError: an instrument needs what the run does not have.
+        """
         if not self._is_on:
             return
+        if "activations" in self.options.instruments and not self.session.data.validation:
+            raise ConfigurationError(
+                "dynamics.instruments: activations needs held-out data for its probe, and this run has none: leave it out, or "
+                "give --validation.paths"
+            )
         if self.session.runtime.is_main:
             self.session.folder.dynamics().keep_until(self.session.step if self.session.step else -1)
         if self.session.step == 0 and self.is_due(0):
@@ -86,6 +97,10 @@ class Dynamics(Callback):
         """Every rank measures the matrices that it owns; returns the means by role, on rank 0."""
         session, config, began = self.session, self.config, time.perf_counter()
         own = measure(of_engine(self.engine, step), self.options.instruments, config.model.head_dim)
+        activations = None
+        if "activations" in self.options.instruments:
+            probe = probe_batches(next(iter(session.data.validation.values())), config.parallel.pipeline)
+            activations = measure_activations(self.engine, probe)
         everyone: dict[str, dict[str, Any]] = {}
         for one in session.runtime.gather(own):
             everyone |= one
@@ -93,7 +108,7 @@ class Dynamics(Callback):
         self._seconds += seconds
         if not session.runtime.is_main:
             return {}
-        found = line(step, self.options.instruments, everyone, seconds)
+        found = line(step, self.options.instruments, everyone, seconds, activations)
         for role, norm in self._gradients.items():
             found["roles"].setdefault(role, {})["gradient_norm"] = norm
         self._gradients = {}

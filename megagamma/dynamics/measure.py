@@ -17,9 +17,9 @@ from megagamma.errors import ConfigurationError
 from megagamma.initialization.streams import normal_
 from megagamma.model.parameters import LogicalParameter
 
-INSTRUMENTS = ("weights", "spectrum", "heads", "motion")
+INSTRUMENTS = ("weights", "spectrum", "heads", "motion", "activations")
 """Families that can be switched: condensation, ranks, norms and distances; all singular values of large matrices too; ranks of
-single heads; updates and moments."""
+single heads; updates and moments; the residual stream, norms, attention and gates on a probe."""
 _HEAD_ROLES = ("query", "key", "value", "attention_output")
 
 
@@ -138,7 +138,11 @@ def by_role(matrices: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, fl
 
 
 def line(
-    step: int, instruments: Sequence[str], matrices: Mapping[str, Mapping[str, Any]], seconds: float
+    step: int,
+    instruments: Sequence[str],
+    matrices: Mapping[str, Mapping[str, Any]],
+    seconds: float,
+    activations: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A line of dynamics.jsonl or analysis.jsonl, of all matrices of a model."""
     return {
@@ -147,6 +151,7 @@ def line(
         "roles": by_role(matrices),
         "matrices": dict(matrices),
         "baselines": baselines(matrices, "spectrum" in instruments),
+        **({"activations": dict(activations)} if activations else {}),
         "seconds": seconds,
     }
 
