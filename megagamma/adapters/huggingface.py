@@ -28,7 +28,7 @@ from megagamma.adapters.rules import (
 )
 from megagamma.errors import InitializationError
 
-_MODEL = r"(?:model\.)?(?:language_model\.)?"
+_MODEL = r"(?:model\.)?(?:language_model\.)?(?:model\.)?"
 _LAYER = _MODEL + r"layers\.(?P<layer>\d+)\."
 
 
@@ -73,7 +73,7 @@ def _llama(identity: float = 1.0) -> tuple[Rule, ...]:
         (_LAYER + r"(?:self_attn\.[qk]_norm|\w*layernorm)\.weight", gain(identity)),
         (_MODEL + r"norm\.weight", gain(identity)),
         (_MODEL + r"embed_tokens\.weight", EMBEDDING),
-        (r"lm_head\.weight", HEAD),
+        (r"(?:language_model\.)?lm_head\.weight", HEAD),
     )
 
 
@@ -200,11 +200,14 @@ TABLES: dict[str, Callable[[], tuple[Rule, ...]]] = {
     "lfm3": _lfm3,
     **dict.fromkeys(("gemma3", "gemma3_text"), lambda: _llama(0.0)),
     **dict.fromkeys(("qwen3_moe", "qwen2_moe"), lambda: (*_experts_rules(), *_llama())),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), _qwen3_5),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _qwen3_5),
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }
 """Rules by model_type, the first that matches holds."""
+
+
+_POST_NORM = ("olmo2", "gemma3", "gemma3_text")
 
 
 def text_settings(settings: Settings) -> Settings:
@@ -234,11 +237,18 @@ def huggingface_plan(settings: Settings, shapes: Shapes) -> Plan:
             f"there for {', '.join(TABLES)}"
         )
     width, layers = _first(text, "hidden_size", "n_embd"), _first(text, "num_hidden_layers", "n_layer")
+    if width is None or layers is None:
+        raise InitializationError(
+            f"{kind}: its config.json does not give hidden_size and num_hidden_layers of the language model: add "
+            "them to text_config"
+        )
+    # Where norms stand behind what they norm, epsilon meets other numbers than `norm_saturation` knows.
+    pre_norm = kind not in _POST_NORM
     return Plan(
         hidden_size=width,
         num_layers=layers,
         entries=entries_by_rule(TABLES[kind](), shapes, text, kind),
-        epsilon=_first(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+        epsilon=_first(text, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if pre_norm else None,
         qk_norm=any(re.search(r"\.k_norm\.weight$", name) for name in shapes),
         input_scale=float(width) ** 0.5 if kind.startswith("gemma") else 1.0,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megagamma.adapters import refusals
 from megagamma.adapters.blocks import MATRIX_ROLES, Constant, Entry, Kept, Plan
-from megagamma.adapters.huggingface import huggingface_plan
+from megagamma.adapters.huggingface import TABLES, huggingface_plan
 from megagamma.adapters.libraries import LIBRARIES, library_plan
 from megagamma.adapters.local import LocalTensor, local_tensor
 from megagamma.adapters.patterns import Role, check_roles, entries_by_pattern
@@ -24,6 +24,8 @@ from megagamma.initialization.report import WeightStatistics
 from megagamma.initialization.streams import normal_
 
 Models = nn.Module | Iterable[nn.Module]
+_INNER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""Of blocks that torch compiles, or computes again, one by one."""
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "Float16Module")
 
 
@@ -91,15 +93,21 @@ def _plan(
         InitializationError: naming the parameters without one.
     """
     given = entries_by_pattern(roles, shapes)
-    model, config = models[0], getattr(models[0], "config", None)
+    model: nn.Module = models[0]
+    config: Any = getattr(model, "config", getattr(model, "model_args", None))
     if _is_megatron(model):
-        from megagamma.adapters.megatron import megatron_plan
+        from megagamma.adapters.megatron import check_given, megatron_plan
 
-        plan = megatron_plan(models)
+        check_given(models, given)
+        plan = megatron_plan(models, given)
     elif library := _library_of(model):
         plan = library_plan(library, config, shapes)
-    elif len(given) < len(shapes) and hasattr(config, "model_type"):
-        plan = huggingface_plan(config.to_dict(), shapes)  # type: ignore[union-attr]
+    elif len(given) < len(shapes) and (not given or getattr(config, "model_type", "") in TABLES):
+        plan = (
+            huggingface_plan(config.to_dict(), shapes)
+            if hasattr(config, "model_type")
+            else _plan_of_shapes(given, config)
+        )
     else:
         plan = _plan_of_shapes(given, config)
     plan.hidden_size, plan.num_layers = hidden_size or plan.hidden_size, num_layers or plan.num_layers
@@ -195,11 +203,16 @@ def initialize(
     models = [unwrapped(one) for one in ([model] if isinstance(model, nn.Module) else model)]
     if not models:
         raise InitializationError("there is no model: give a torch.nn.Module")
+    module: Any
+    for module in (inner for one in models for inner in one.modules()):
+        if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
+            module.reshard()  # after a forward pass the gathered weights stand in the shards' place
     parameters = named_parameters(models)
     refusals.check_model(models, parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     plan = _plan(models, shapes, roles or {}, hidden_size, num_layers)
     aliases = refusals.aliases(parameters, plan)
+    refusals.check_tied(models, parameters, plan, aliases)
     plan.entries = {name: entry for name, entry in plan.entries.items() if name not in aliases}
     if not dry_run:
         refusals.check_drawable(parameters, optimizer)
@@ -217,7 +230,10 @@ def named_parameters(models: list[nn.Module]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, model in enumerate(models):
         prefix = f"{number}." if len(models) > 1 else ""
-        found.update((prefix + name, one) for name, one in model.named_parameters(remove_duplicate=False))
+        for name, one in model.named_parameters(remove_duplicate=False):
+            for inner in _INNER_PREFIXES:
+                name = name.replace(inner, "")
+            found[prefix + name] = one
     return found
 
 

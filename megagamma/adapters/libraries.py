@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megagamma.adapters.blocks import Entry, Plan, Shapes, fused
+from megagamma.adapters.blocks import Constant, Entry, Plan, Shapes, fused
 from megagamma.adapters.rules import (
     EMBEDDING,
     HEAD,
@@ -47,6 +47,11 @@ def _litgpt_qkv(found: Found) -> Entry:
     )
 
 
+def _litgpt_gain(found: Found) -> Entry:
+    """Its norms multiply by 1 + gain in models that are called Gemma."""
+    return Constant(0.0 if "gemma" in str(found.settings.get("name", "")).lower() else 1.0, "norm")
+
+
 def _litgpt() -> tuple[Rule, ...]:
     layer = r"transformer\.h\.(?P<layer>\d+)\."
     return (
@@ -55,7 +60,7 @@ def _litgpt() -> tuple[Rule, ...]:
         (layer + r"mlp\.fc_1\.weight", layer_matrix(*MLP["gate"])),
         (layer + r"mlp\.(?:fc_2|fc)\.weight", layer_matrix(*MLP["up"])),
         (layer + r"mlp\.proj\.weight", layer_matrix(*MLP["down"])),
-        (r"transformer\.(?:h\.\d+\..*norm\w*|ln_f)\.weight", gain()),
+        (r"transformer\.(?:h\.\d+\..*norm\w*|ln_f)\.weight", _litgpt_gain),
         (r".*\.bias", zero),
         (r"transformer\.wte\.weight", EMBEDDING),
         (r"lm_head\.weight", HEAD),

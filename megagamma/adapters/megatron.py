@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,17 +166,34 @@ class _Chunk:
         return _columns(of(parts["down"]), shape, shard)
 
 
-def megatron_plan(models: list[nn.Module]) -> Plan:
+def check_given(models: list[nn.Module], given: Mapping[str, Entry]) -> None:
+    """Refuse matrices by the user's roles where a rank holds a part of them, or its layers have other numbers than the model's.
+
+    Raises:
+        InitializationError: the ranks would draw the same numbers for different parts.
+    """
+    parallel: Any = models[0].config
+    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    matrices = [name for name, entry in given.items() if isinstance(entry, tuple)]
+    if matrices and max(sizes) > 1:
+        raise InitializationError(
+            f"roles: {matrices[0]}: a matrix by name is drawn whole, and this model lies on {sizes[0]} tensor-parallel and "
+            f"{sizes[1]} pipeline ranks: give it 'keep', and draw the model on one rank where that is no choice"
+        )
+
+
+def megatron_plan(models: list[nn.Module], given: Mapping[str, Entry] | None = None) -> Plan:
     """The plan of this rank's chunks; parameters that are not known are left out.
 
     Args:
         models: GPTModels of one rank, in the order of its virtual stages.
+        given: entries by the user's roles, which are not asked for here.
 
     Raises:
         InitializationError: attention or a layout that is not known.
     """
     config: Any = models[0].config
-    if getattr(config, "multi_latent_attention", False):
+    if getattr(config, "multi_latent_attention", False) and not given:
         raise InitializationError("multi_latent_attention=True: this attention has no table of roles: give roles=")
     entries: dict[str, Entry] = {}
     for number, model in enumerate(models):

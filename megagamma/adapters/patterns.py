@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from megagamma.adapters.blocks import MATRIX_ROLES, Constant, Entry, Kept, Shapes, fused, whole
@@ -28,6 +29,36 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern)
 
 
+def _parts(pattern: str, role: Role) -> list[tuple[str, int | None]]:
+    """(role, rows or None) of every part that a role names.
+
+    Raises:
+        InitializationError: it is none of the forms of `Role`.
+    """
+    if isinstance(role, str):
+        return [(role, None)]
+    parts: list[tuple[str, int | None]] = []
+    for one in role if isinstance(role, Sequence) else ():
+        if isinstance(one, str):
+            parts.append((one, None))
+        elif (
+            isinstance(one, Sequence)
+            and len(one) == 2
+            and isinstance(one[0], str)
+            and type(one[1]) is int
+            and one[1] > 0
+        ):
+            parts.append((one[0], one[1]))
+        else:
+            parts = []
+            break
+    if not parts or len({rows is None for _, rows in parts}) > 1:
+        raise InitializationError(
+            f"roles[{pattern!r}]={role!r}: must be a role, several roles of equal parts, or (role, rows) of each part"
+        )
+    return parts
+
+
 def check_roles(roles: Mapping[str, Role]) -> None:
     """Refuse what is no role, before anything is looked at.
 
@@ -40,37 +71,45 @@ def check_roles(roles: Mapping[str, Role]) -> None:
                 re.compile(pattern[3:])
             except re.error as error:
                 raise InitializationError(f"roles: {pattern!r} is no regular expression: {error}") from error
-        for one in [role] if isinstance(role, str) else role:
-            text = one if isinstance(one, str) else one[0]
-            if text not in _CONSTANTS and text.removesuffix(TRANSPOSED) not in MATRIX_ROLES:
+        names = [name for name, _ in _parts(pattern, role)]
+        for name in names:
+            if name not in _CONSTANTS and name.removesuffix(TRANSPOSED) not in MATRIX_ROLES:
                 known = ", ".join((*MATRIX_ROLES, *_CONSTANTS))
                 raise InitializationError(
-                    f"roles[{pattern!r}]={text!r} is not a role: use one of {known}, with {TRANSPOSED!r} behind it for a "
+                    f"roles[{pattern!r}]={name!r} is not a role: use one of {known}, with {TRANSPOSED!r} behind it for a "
                     "matrix of (in, out)"
                 )
-            if text in _CONSTANTS and not isinstance(role, str):
+            if name in _CONSTANTS and not isinstance(role, str):
                 raise InitializationError(
-                    f"roles[{pattern!r}]: {text!r} cannot be a part of a tensor: name matrices only"
+                    f"roles[{pattern!r}]: {name!r} cannot be a part of a tensor: name matrices only"
                 )
+        if len({name.endswith(TRANSPOSED) for name in names}) > 1:
+            raise InitializationError(
+                f"roles[{pattern!r}]: a tensor is (in, out) or not: all its parts end in {TRANSPOSED!r}"
+            )
 
 
-def _entry(name: str, shape: tuple[int, ...], role: Role) -> Entry:
+def _entry(name: str, shape: tuple[int, ...], pattern: str, role: Role) -> Entry:
     if isinstance(role, str) and role in _CONSTANTS:
         return _CONSTANTS[role]
-    transposed = (role if isinstance(role, str) else str(role[-1])).endswith(TRANSPOSED)
     if len(shape) != 2:
         raise InitializationError(
             f"roles: {name} has shape {shape}, and a matrix has two axes: give it 'norm', 'bias' or 'keep'"
         )
+    parts = _parts(pattern, role)
+    transposed = parts[0][0].endswith(TRANSPOSED)
     if isinstance(role, str):
         return whole(name, role.removesuffix(TRANSPOSED), shape, transposed)
-    total = shape[1] if transposed else shape[0]
-    parts = [
-        (one.removesuffix(TRANSPOSED), total // len(role)) if isinstance(one, str) else (one[0], one[1]) for one in role
-    ]
-    stem = name.removesuffix(".weight")
+    total, stem = shape[1] if transposed else shape[0], name.removesuffix(".weight")
+    named, seen = [], Counter[str]()
+    for part, rows in parts:
+        part = part.removesuffix(TRANSPOSED)
+        seen[part] += 1
+        # A role that comes again is a matrix of its own, with a stream of its own.
+        number = f".{seen[part]}" if seen[part] > 1 else ""
+        named.append((f"{stem}.{part}{number}.weight", part, total // len(parts) if rows is None else rows))
     try:
-        return fused([(f"{stem}.{part}.weight", part, rows) for part, rows in parts], shape, transposed=transposed)
+        return fused(named, shape, transposed=transposed)
     except ValueError as error:
         raise InitializationError(f"roles: {name} of shape {shape}: {error}") from error
 
@@ -89,7 +128,8 @@ def entries_by_pattern(roles: Mapping[str, Role], shapes: Shapes) -> dict[str, E
         for pattern, role in roles.items():
             if _matches(pattern, name):
                 unused.discard(pattern)
-                found.setdefault(name, _entry(name, shape, role))
+                if name not in found:
+                    found[name] = _entry(name, shape, pattern, role)
     if unused:
         some = ", ".join(list(shapes)[:3])
         raise InitializationError(

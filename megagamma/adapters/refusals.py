@@ -13,6 +13,8 @@ from megagamma.adapters.blocks import Plan
 from megagamma.adapters.local import storage_span
 from megagamma.errors import InitializationError
 
+_QUANTIZED = ("torch.ao.", "bitsandbytes", "auto_gptq", "gptqmodel", "awq")
+"""Where modules come from that keep quantized weights, which need not be parameters."""
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -28,7 +30,18 @@ def check_model(models: Sequence[nn.Module], parameters: Mapping[str, Tensor]) -
                 f"{type(model).__name__}: has adapters (peft_config): draw the base model before they are added, "
                 "or give model.get_base_model() without them"
             )
-        for module in model.modules():
+        config = getattr(model, "config", None)
+        if getattr(config, "quantization_config", None) or getattr(model, "hf_quantizer", None) is not None:
+            raise InitializationError(
+                f"{type(model).__name__}: is quantized: draw the model in fp32 or bf16, and quantize it then"
+            )
+        for name, module in model.named_modules():
+            if any(word in type(module).__module__ for word in ("quantiz", "bitsandbytes")) or hasattr(
+                module, "qweight"
+            ):
+                raise InitializationError(
+                    f"{name} ({type(module).__name__}): is quantized: draw the model in fp32 or bf16, and quantize it then"
+                )
             if type(module).__name__ == "FullyShardedDataParallel":
                 raise InitializationError(
                     "the model is wrapped by FSDP 1, which has flattened its weights: draw it before it is wrapped, or use "
@@ -71,10 +84,12 @@ def check_drawable(parameters: Mapping[str, Tensor], optimizer: Any) -> None:
                 )
     if optimizer is None:
         return
-    if len(getattr(optimizer, "state", None) or ()) > 0:
+    # Some, such as Adagrad, have a state before their first step.
+    made = sum(float(one.get("step", 1)) > 0 for one in (getattr(optimizer, "state", None) or {}).values())
+    if made:
         raise InitializationError(
-            f"optimizer={type(optimizer).__name__} has state of {len(optimizer.state)} weights already: draw the model before "
-            "the first step, and build the optimizer anew"
+            f"optimizer={type(optimizer).__name__} has made steps on {made} weights already: draw the model before the first "
+            "step, and build the optimizer anew"
         )
     own = {id(parameter) for parameter in parameters.values()}
     for group in getattr(optimizer, "param_groups", []):
@@ -102,12 +117,14 @@ def aliases(parameters: Mapping[str, Tensor], plan: Plan) -> set[str]:
         roles = {one: _role(plan, one) for one in (other, name)}
         if set(roles.values()) == {"embedding", "head"}:
             found.add(next(one for one, role in roles.items() if role == "head"))
-        elif plan.entries.get(other) == plan.entries.get(name):
+        elif plan.entries.get(other) == plan.entries.get(name) or (
+            roles[other] == roles[name] and _is_plain(plan, name)
+        ):
             found.add(name)
         else:
             raise InitializationError(
                 f"{other} ({roles[other]}) and {name} ({roles[name]}) are one weight: only an embedding and a head may be "
-                "tied; give both one role by roles="
+                "tied"
             )
     _check_overlaps({name: parameter for name, parameter in parameters.items() if name not in found})
     return found
@@ -116,6 +133,31 @@ def aliases(parameters: Mapping[str, Tensor], plan: Plan) -> set[str]:
 def _role(plan: Plan, name: str) -> str:
     entry = plan.entries.get(name)
     return entry[0].logical.role if isinstance(entry, tuple) else type(entry).__name__.lower()
+
+
+def _is_plain(plan: Plan, name: str) -> bool:
+    """Whether a tensor is one whole matrix, so that two of one role may be one weight, as of layers that share theirs."""
+    entry = plan.entries.get(name)
+    return isinstance(entry, tuple) and len(entry) == 1
+
+
+def check_tied(models: Sequence[nn.Module], parameters: Mapping[str, Tensor], plan: Plan, found: set[str]) -> None:
+    """Refuse a model whose config ties embedding and head, which are two weights now.
+
+    Raises:
+        InitializationError: as after `to_empty`, which gives each its own memory.
+    """
+    config = getattr(models[0], "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or any(
+        one.device.type == "meta" for one in parameters.values()
+    ):
+        return
+    by_role = {_role(plan, name): name for name in parameters if name not in found}
+    if {"embedding", "head"} <= set(by_role):
+        raise InitializationError(
+            f"{by_role['embedding']} and {by_role['head']} are two weights, and the config says tie_word_embeddings=True: "
+            "model.tie_weights() first, as after model.to_empty()"
+        )
 
 
 def _check_overlaps(parameters: Mapping[str, Tensor]) -> None:

@@ -38,6 +38,15 @@ def targets(plan: Plan, init: InitConfig) -> dict[str, tuple[int, float]]:
     return found
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a number: null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass
 class Report:
     """Of one process: of a matrix that lies on several, its part of it. `gathered` puts them together."""
@@ -94,7 +103,7 @@ class Report:
             f"{'matrices':<22}{'shape':>18}{'d_in':>8}{'std now':>13}{'gamma now':>11}{'target std':>13}{'gamma':>8}"
         ]
         for row in rows:
-            now = effective_gamma(row.measured_std, row.d_in) if row.measured_std > 0 else math.inf
+            now = effective_gamma(row.measured_std, row.d_in)
             shape = "x".join(map(str, row.shape))
             lines.append(
                 f"{row.name:<22}{shape:>18}{row.d_in:>8}{row.measured_std:>13.4e}{now:>11.3f}{row.asked_std:>13.4e}"
@@ -168,11 +177,13 @@ class Report:
         Raises:
             OSError: it cannot be written.
         """
-        Path(path).write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps(_finite(self.as_dict()), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         lines = [self.table()]
         if self.norms and self.plan.epsilon:
             lines += saturation_lines(self.norms, self.plan.epsilon)
+        else:
+            lines.append("norms: what their epsilon does to a small init is not known for this model")
         lines += [f"kept: {name}: {reason}" for name, reason in self.kept.items()]
         return "\n".join(lines)

@@ -288,8 +288,8 @@ class Saver:
         """Copy this rank's share to memory, and write it in a thread."""
         taken: list[tuple[str, str, list[Tensor]]] = []
         problem: str | None = None
-        # Without ZeRO they are the state itself, which stays as it is until the next update: copied in the thread.
-        is_late = self.engine.zero_stage == 0
+        # Without ZeRO and shards they are the state itself, which stays until the next update: copied in the thread.
+        is_late = self.engine.zero_stage == 0 and self.runtime.tensor_size == 1
         for kind, name, slices in tensors:
             try:
                 if problem is None:

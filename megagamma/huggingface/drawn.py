@@ -65,6 +65,11 @@ def _of_folder(folder: Path, settings: Mapping[str, Any], init: InitConfig, role
     weights = HuggingFaceWeights(folder)
     shapes = {name: weights.shape(name) for name in sorted(weights.names())}
     plan, kept = _plan(settings, shapes, roles)
+    if not plan.logical():
+        some = ", ".join(list(shapes)[:3])
+        raise ConfigurationError(
+            f"--model {folder}: no tensor has a name that its class's table knows (they are named as {some}): give --role"
+        )
     statistics: dict[str, WeightStatistics] = {}
     for name, entry in plan.entries.items():
         if not isinstance(entry, tuple):
@@ -108,7 +113,7 @@ def _of_config(
         config = transformers.AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # transformers has exceptions of its own for a config that cannot be
         kind = settings.get("model_type")
         raise ConfigurationError(
             f"--model {path}: transformers cannot build model_type={kind!r} ({str(error).splitlines()[0][:200]}): give a "

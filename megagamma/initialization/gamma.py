@@ -135,7 +135,9 @@ def scheme_table() -> str:
 
 
 def effective_gamma(std: float, d_in: int) -> float:
-    """The exponent that a standard deviation amounts to at a width: -ln(std) / ln(d_in)."""
+    """The exponent that a standard deviation amounts to at a width: -ln(std) / ln(d_in); not a number where d_in is 1."""
+    if d_in < 2 or not std > 0:
+        return math.nan
     return -math.log(std) / math.log(d_in)
 
 

@@ -14,6 +14,7 @@ from support.ranks import RankPool
 from support.train import run_trainer
 
 import megagamma
+from megagamma.errors import MegagammaError
 from megagamma.huggingface.export import ExportOptions, export
 from megagamma.huggingface.native import parity_outputs
 from megagamma.initialization.streams import normal_
@@ -107,6 +108,24 @@ def test_every_parameter_has_a_role(name: str) -> None:
         return  # what is kept is 7 here
     logits = model(torch.arange(20).unsqueeze(0)).logits
     assert torch.isfinite(logits).all() and logits.abs().max() > 0
+
+
+def test_a_model_that_lost_its_tie() -> None:
+    """`to_empty` gives a tied head memory of its own."""
+    with torch.device("meta"):
+        model = build("qwen3")
+    model.to_empty(device="cpu")
+    with pytest.raises(MegagammaError, match=r"tie_weights\(\) first, as after model\.to_empty"):
+        megagamma.initialize(model)
+    model.tie_weights()
+    megagamma.initialize(model).check()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_norms_behind_what_they_norm_are_not_judged() -> None:
+    assert megagamma.initialize(build("qwen2"), dry_run=True).norms
+    report = megagamma.initialize(build("olmo2"), dry_run=True)
+    assert report.norms == [] and "not known for this model" in str(report)
 
 
 def test_gpt2_is_stored_in_out() -> None:

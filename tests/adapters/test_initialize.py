@@ -57,7 +57,7 @@ GIVEN: dict[str, Any] = {"roles": ROLES, "num_layers": 2}
 
 
 def prints(model: nn.Module) -> dict[str, str]:
-    return {name: fingerprint(one) for name, one in model.state_dict().items()}
+    return {name: fingerprint(one) for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
 
 
 def test_roles_that_the_user_gives() -> None:
@@ -86,6 +86,25 @@ def test_roles_that_the_user_gives() -> None:
         "head.weight": "as the given roles say"
     }
     assert (model.head.weight == 3).all()
+
+
+def test_roles_in_other_forms() -> None:
+    """The first pattern that matches holds, whatever a later one would say; parts of one role are matrices of their own."""
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(50, 16), "norm": nn.LayerNorm(16), "fused": nn.Linear(16, 96, bias=False)}
+    )
+    model["wide"] = nn.Linear(96, 16, bias=False)
+    roles = {
+        "embed.weight": "embedding", "norm.weight": "norm", "*.bias": "bias", "fused.weight": ("mlp_up", "mlp_up", "mlp_gate"),
+        "wide.weight": (("key:in,out", 32), ("value:in,out", 64)), "*.weight": "mlp_up",
+    }  # fmt: skip
+    report = megagamma.initialize(model, roles=roles, num_layers=1, seed=3)
+    report.check()
+    first, second, _ = model["fused"].weight.split(32)
+    assert not torch.equal(first, second) and {row.d_in for row in report.matrices if row.role == "key"} == {16}
+    value = normal_(torch.empty(64, 16), seed=3, name="wide.value.weight", global_shape=(64, 16), std=1 / 16)
+    assert torch.equal(model["wide"].weight[:, 32:], value.t())
+    assert "wide.value.weight" in report.table("matrix")
 
 
 def test_a_dry_run_changes_nothing_and_names_no_past() -> None:
@@ -168,10 +187,30 @@ def with_masters(model: Plain) -> Any:
     return torch.optim.SGD([parameter.detach().clone().requires_grad_() for parameter in model.parameters()], lr=0.1)
 
 
+class WithBuffers(nn.Module):
+    """As GPTQ keeps weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+
+
+def with_packed_weights() -> Plain:
+    model = Plain()
+    model.blocks[0].up = WithBuffers()  # type: ignore[assignment]
+    return model
+
+
+def dynamically_quantized() -> Plain:
+    return torch.ao.quantization.quantize_dynamic(Plain(), {nn.Linear})  # type: ignore[no-any-return]
+
+
 REFUSED: dict[str, tuple[Callable[[], Plain], dict[str, Any], str]] = {
-    "tied across roles": (tied_oddly, {}, "are one weight"),
+    "tied across roles": (tied_oddly, {"roles": {"blocks.1.up.weight": "mlp_gate", **ROLES}}, "are one weight"),
     "overlapping": (overlapping, {}, "share memory"),
     "quantized": (quantized, {}, r"head\.weight: is quantized \(int8\)"),
+    "packed": (with_packed_weights, {}, r"blocks\.0\.up .*is quantized"),
+    "quantized dynamically": (dynamically_quantized, {}, "is quantized"),
     "an adapter": (with_adapter, {}, "lora_A"),
     "no role": (
         Plain,
@@ -186,6 +225,9 @@ REFUSED: dict[str, tuple[Callable[[], Plain], dict[str, Any], str]] = {
     "no such name": (Plain, {"roles": {**ROLES, "lm_head.*": "head"}}, r"'lm_head\.\*' match no parameter"),
     "no matrix": (Plain, {"roles": {**ROLES, "*norm.weight": "query"}}, "a matrix has two axes"),
     "bad parts": (Plain, {"roles": {**ROLES, "*.qkv.weight": (("query", 5), ("key", 5))}}, "do not make up 96"),
+    "no parts": (Plain, {"roles": {**ROLES, "*.qkv.weight": ()}}, "must be a role, several roles"),
+    "half a pair": (Plain, {"roles": {**ROLES, "*.qkv.weight": (("key",),)}}, "must be a role, several roles"),
+    "two ways": (Plain, {"roles": {**ROLES, "*.qkv.weight": ("query:in,out", "key")}}, "all its parts end in"),
     "no depth": (Plain, {"num_layers": None}, "num_layers of Plain is not known: give num_layers="),
     "gamma": (Plain, {"gamma": float("nan")}, "gamma=nan must lie between 0 and 4"),
     "gamma as text": (Plain, {"gamma": "1"}, "gamma='1' must be a number"),
@@ -207,7 +249,7 @@ def test_refusals_change_nothing(case: str) -> None:
     assert case == "meta" or prints(model) == before
 
 
-@pytest.mark.parametrize(("make", "message"), [(stepped, "has state of"), (with_masters, "fp32 copy")])
+@pytest.mark.parametrize(("make", "message"), [(stepped, "has made steps on"), (with_masters, "fp32 copy")])
 def test_an_optimizer_that_holds_something(make: Any, message: str) -> None:
     model = Plain()
     optimizer = make(model)
@@ -215,7 +257,8 @@ def test_an_optimizer_that_holds_something(make: Any, message: str) -> None:
     with pytest.raises(MegagammaError, match=message):
         megagamma.initialize(model, optimizer=optimizer, **GIVEN)
     assert prints(model) == before
-    megagamma.initialize(model, optimizer=torch.optim.AdamW(model.parameters()), **GIVEN)
+    for fresh in (torch.optim.AdamW, torch.optim.Adagrad):  # which has a state from the start
+        megagamma.initialize(model, optimizer=fresh(model.parameters()), **GIVEN)
 
 
 def test_tied_embedding_is_drawn_once() -> None:
@@ -225,6 +268,13 @@ def test_tied_embedding_is_drawn_once() -> None:
     megagamma.initialize(other, **GIVEN)
     assert torch.equal(model.head.weight, other.embed.weight)
     assert "head" not in {row.role for row in report.matrices}
+
+
+def test_layers_that_share_a_weight_draw_it_once() -> None:
+    model = tied_oddly()
+    report = megagamma.initialize(model, **GIVEN)
+    report.check()
+    assert [row.name for row in report.matrices if row.role == "mlp_up"] == ["blocks.0.up.weight"]
 
 
 def sharded(from_meta: bool, dtype: torch.dtype) -> dict[str, Any]:
@@ -244,6 +294,10 @@ def sharded(from_meta: bool, dtype: torch.dtype) -> dict[str, Any]:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
+    if not from_meta:  # a pass leaves the gathered weights where the shards were
+        with torch.no_grad():
+            model.embed(torch.zeros(1, 1, dtype=torch.long))
+            model.unshard()
     if from_meta:
         assert "target std" in megagamma.initialize(model, dry_run=True, **GIVEN).table()
         model.to_empty(device="cpu")
