@@ -184,45 +184,68 @@ def roles_of(arms: Sequence[Arm]) -> list[str]:
     )
 
 
+def grid(names: Sequence[str], x: str, log_x: bool, log_y: bool = False) -> dict[str, Any]:
+    """The layout of small plots, three beside each other, each with its name above it."""
+    columns = 3
+    height = -(-len(names) // columns)
+    layout: dict[str, Any] = {
+        "grid": {"rows": height, "columns": columns, "pattern": "independent", "ygap": 0.35}, "height": 210 * height + 110,
+        "annotations": [], "legend": {"y": -70 / (210 * height)},
+    }  # fmt: skip
+    for place, name in enumerate(names):
+        axis = axis_of(place)
+        title = {"title": {"text": x}} if place >= len(names) - columns else {}
+        layout[f"xaxis{axis}"] = {**({"type": "log"} if log_x else {}), **title}
+        layout[f"yaxis{axis}"] = {"type": "log"} if log_y else {}
+        layout["annotations"].append(
+            {
+                "text": name,
+                "xref": f"x{axis} domain",
+                "yref": f"y{axis} domain",
+                "x": 0.5,
+                "y": 1.12,
+                "showarrow": False,
+            }
+        )
+    return layout
+
+
+def axis_of(place: int) -> str:
+    """What plotly calls the axes of a small plot: nothing for the first, 2 for the second, ..."""
+    return "" if place == 0 else str(place + 1)
+
+
+def small(x: Sequence[Any], y: Sequence[Any], arm: Arm, index: int, place: int) -> dict[str, Any]:
+    """A line with markers in a small plot; the legend names an arm once."""
+    at = {"xaxis": f"x{axis_of(place)}", "yaxis": f"y{axis_of(place)}", "legendgroup": arm.label}
+    return {**_line(x, y, arm.label, index, showlegend=place == 0, **at), "mode": "lines+markers"}
+
+
 def by_role(arms: Sequence[Arm], key: str, title: str, reading: str, log_y: bool = False) -> Figure | None:
     """A number of dynamics.jsonl over steps: a small plot for each role, with the random matrix's and the turning point."""
     roles = [role for role in roles_of(arms) if any(mean_over_seeds(arm, role, key)[0] for arm in arms)]
     if not roles:
         return None
-    columns = 3
-    height = -(-len(roles) // columns)
-    layout: dict[str, Any] = {
-        "grid": {"rows": height, "columns": columns, "pattern": "independent", "ygap": 0.35}, "height": 210 * height + 110,
-        "annotations": [], "legend": {"y": -70 / (210 * height)},
-    }  # fmt: skip
+    layout = grid(roles, "step + 1", log_x=True, log_y=log_y)
     traces, rows = [], []
     for place, role in enumerate(roles):
-        axis = "" if place == 0 else str(place + 1)
-        is_lowest = place >= len(roles) - columns
-        layout[f"xaxis{axis}"] = {"type": "log", **({"title": {"text": "step + 1"}} if is_lowest else {})}
-        layout[f"yaxis{axis}"] = {"type": "log"} if log_y else {}
-        layout["annotations"].append(
-            {
-                "text": role, "xref": f"x{axis} domain", "yref": f"y{axis} domain", "x": 0.5, "y": 1.12, "showarrow": False,
-            }
-        )  # fmt: skip
+        at = {"xaxis": f"x{axis_of(place)}", "yaxis": f"y{axis_of(place)}"}
         for index, arm in enumerate(arms):
             pairs = zip(*mean_over_seeds(arm, role, key), strict=True)
             shown = [(step, value) for step, value in pairs if value > 0 or not log_y]
             if not shown:
                 continue
             steps, values = [step for step, _ in shown], [value for _, value in shown]
-            at = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "legendgroup": arm.label}
-            x = [step + 1 for step in steps]
-            traces.append({**_line(x, values, arm.label, index, showlegend=place == 0, **at), "mode": "lines+markers"})
-            rows += [(role, arm.label, step, value) for step, value in zip(steps, values, strict=True)]
+            traces.append(small([step + 1 for step in steps], values, arm, index, place))
+            rows += [(role, arm.label, step, value) for step, value in shown]
             turn = turning_point(steps, values)
             if key == "condensation" and turn is not None:
                 mark = {"symbol": "star", "size": 12, "color": COLOURS[index % len(COLOURS)]}
                 traces.append(
                     {
                         "type": "scatter", "mode": "markers", "x": [turn + 1], "y": [max(values)], "marker": mark,
-                        "showlegend": False, "hovertemplate": f"turns at step {turn}<extra></extra>", **at,
+                        "showlegend": False, "hovertemplate": f"turns at step {turn}<extra></extra>",
+                        "legendgroup": arm.label, **at,
                     }
                 )  # fmt: skip
         baseline = baseline_of(arms[0], role, key)
@@ -232,7 +255,7 @@ def by_role(arms: Sequence[Arm], key: str, title: str, reading: str, log_y: bool
                 {
                     "type": "scatter", "mode": "lines", "x": ends, "y": [baseline] * 2, "name": "a random matrix",
                     "line": {"color": "#888888", "dash": "dot", "width": 1}, "showlegend": place == 0,
-                    "legendgroup": "random", "xaxis": f"x{axis}", "yaxis": f"y{axis}",
+                    "legendgroup": "random", **at,
                 }
             )  # fmt: skip
     return Figure(title, reading, traces, layout, ("role", "arm", "step", key), rows)

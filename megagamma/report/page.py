@@ -13,7 +13,7 @@ from typing import Any
 
 from megagamma import __version__
 from megagamma.planning.flops import parameter_counts
-from megagamma.report import figures
+from megagamma.report import activations, figures
 from megagamma.report.figures import Figure
 from megagamma.report.runs import Arm, ReportRun, arms, describe
 from megagamma.report.sentences import sentences
@@ -142,6 +142,10 @@ def sections(found: Sequence[Arm]) -> list[tuple[str, list[Figure]]]:
         ("Loss", [*figures.losses(found), *several]),
         ("How weights condense and expand", [one for one in weights if one is not None]),
         ("How weights move", [one for one in motion if one is not None]),
+        (
+            "What flows through the model",
+            [one for one in (activations.over_training(found), activations.by_layer(found)) if one is not None],
+        ),
     ]
     return [(heading, drawn) for heading, drawn in all_of if drawn]
 

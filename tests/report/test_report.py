@@ -45,6 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_c
                 data_cache,
             ]
             more = ["--run.steps", "8", "--validation.interval", "2", "--dynamics.log_spaced", "true"]
+            more += ["--dynamics.instruments", '["weights", "motion", "activations"]']
             saved = ["--checkpoint.log_spaced", "true", "--checkpoint.save_initial", "true"]
             assert one_rank.run(run_trainer, [*SHAPE, *given, *more, *saved]) == [0]
     return found
@@ -74,7 +75,13 @@ def test_what_it_says(folders: list[Path], tmp_path: Path) -> None:
     assert "(one seed: not a finding)" in sentences(one_each)[1] and "interval" not in sentences(one_each)[1]
     titles = re.findall(r"<h3>(.*?)</h3>", text)
     assert len(titles) == len(figures_of(text)) == text.count("class='reading'") - 1
-    for title in ("Training loss", "Difference on tiny to gamma 0.5", "Stable rank", "Gradient norm"):
+    for title in (
+        "Training loss",
+        "Difference on tiny to gamma 0.5",
+        "Stable rank",
+        "Gradient norm",
+        "Activations over training",
+    ):
         assert title in titles
 
 
