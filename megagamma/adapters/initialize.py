@@ -101,7 +101,7 @@ def _plan(
         check_given(models, given)
         plan = megatron_plan(models, given)
     elif library := _library_of(model):
-        plan = library_plan(library, config, shapes)
+        plan = library_plan(library, model, shapes)
     elif len(given) < len(shapes) and (not given or getattr(config, "model_type", "") in TABLES):
         plan = (
             huggingface_plan(config.to_dict(), shapes)

@@ -24,10 +24,21 @@ from megagamma.adapters.rules import (
 )
 
 
+def _torchtitan_qkv(found: Found) -> Entry:
+    """Per group of heads [its queries | key | value]."""
+    width, queries = found.settings["head_dim"], found.settings["heads_per_kv"]
+    parts = [
+        (f"{found.layer}.{PROJECTIONS[one][0]}.weight", PROJECTIONS[one][1], width * (queries if one == "q" else 1))
+        for one in "qkv"
+    ]
+    return fused(parts, found.shape, found.shape[0] // (width * (queries + 2)))
+
+
 def _torchtitan() -> tuple[Rule, ...]:
     layer = r"layers\.(?P<layer>\d+)\."
     feed_forward = {"1": MLP["gate"], "2": MLP["down"], "3": MLP["up"]}
     return (
+        (layer + r"attention\.(?:qkv_linear\.)?wqkv\.weight", _torchtitan_qkv),
         (layer + r"attention\.(?:qkv_linear\.)?w(?P<short>[qkvo])\.weight", by_group(PROJECTIONS)),
         (layer + r"feed_forward\.w(?P<short>[123])\.weight", by_group(feed_forward)),
         (layer + r"(?:attention_norm|ffn_norm|attention\.[qk]_norm)\.weight", gain()),
@@ -49,7 +60,7 @@ def _litgpt_qkv(found: Found) -> Entry:
 
 def _litgpt_gain(found: Found) -> Entry:
     """Its norms multiply by 1 + gain in models that are called Gemma."""
-    return Constant(0.0 if "gemma" in str(found.settings.get("name", "")).lower() else 1.0, "norm")
+    return Constant(0.0 if "Gemma" in str(found.settings.get("name", "")) else 1.0, "norm")
 
 
 def _litgpt() -> tuple[Rule, ...]:
@@ -71,21 +82,30 @@ LIBRARIES: dict[str, Callable[[], tuple[Rule, ...]]] = {"torchtitan": _torchtita
 """Rules by the first part of the name of the module that a model's class comes from."""
 
 
-def library_plan(library: str, config: Any, shapes: Shapes) -> Plan:
+def library_plan(library: str, model: Any, shapes: Shapes) -> Plan:
     """The plan of a model of `LIBRARIES`; parameters that no rule knows are left out.
 
     Args:
-        config: the model's own.
+        model: whose `config`, or `model_args`, and attention modules say how wide it is.
 
     Raises:
         InitializationError: a tensor's shape does not fit the config.
     """
+    config = getattr(model, "config", getattr(model, "model_args", None))
     settings = {name: getattr(config, name) for name in dir(config) if not name.startswith("_")}
+    for module in model.modules():
+        if hasattr(module, "heads_per_kv") and hasattr(module, "head_dim"):
+            settings |= {"heads_per_kv": module.heads_per_kv, "head_dim": module.head_dim}
+            break
     width, layers = settings.get("dim", settings.get("n_embd")), settings.get("n_layers", settings.get("n_layer"))
+    if layers is None and isinstance(settings.get("layers"), list | tuple):
+        layers = len(settings["layers"])
+    scale = float(width) ** 0.5 if width and settings.get("scale_embeddings") is True else 1.0
     return Plan(
         hidden_size=int(width or 0),
         num_layers=int(layers or 0),
         entries=entries_by_rule(LIBRARIES[library](), shapes, settings, f"model of {library}"),
         epsilon=settings.get("norm_eps"),
         qk_norm=any(".k_norm." in name or ".norm_k." in name for name in shapes),
+        input_scale=scale,
     )
