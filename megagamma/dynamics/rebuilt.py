@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from megagamma.config.schema import ParallelConfig
 from megagamma.errors import MegagammaError
 
 
-def activations_of_checkpoint(folder: Path) -> dict[str, Any]:
-    """`measure_activations` of a checkpoint of any layout, on the probe that its run used, in the dtype that it used.
+@contextmanager
+def rebuilt(folder: Path) -> Iterator[tuple[Any, Any]]:
+    """(engine, data) of a checkpoint of any layout, in the dtype that its run used; gone after the block.
 
     Raises:
         MegagammaError: the run's held-out data are not on this machine, or it has none.
@@ -22,7 +25,6 @@ def activations_of_checkpoint(folder: Path) -> dict[str, Any]:
     from megagamma.checkpoint.saver import load
     from megagamma.data.sources import open_data
     from megagamma.distributed.runtime import Runtime
-    from megagamma.dynamics.activations import measure_activations, probe_batches
     from megagamma.environment import world_from_environment
     from megagamma.runs.folder import RunFolder
     from megagamma.training.assembly import fresh_engine
@@ -31,20 +33,28 @@ def activations_of_checkpoint(folder: Path) -> dict[str, Any]:
     config = copy.deepcopy(stored_config(folder, manifest))
     run = RunFolder.of_checkpoint(folder)
     chosen = run.chosen() if run is not None else {}
-    config.precision.dtype = {"bfloat16": "bf16", "float32": "fp32"}.get(
-        chosen.get("dtype", ""), config.precision.dtype
-    )  # type: ignore[assignment]
+    dtypes: dict[str, Any] = {"bfloat16": "bf16", "float32": "fp32"}
+    config.precision.dtype = dtypes.get(chosen.get("dtype", ""), config.precision.dtype)
     config.parallel, config.deepspeed_config, config.run.compile = ParallelConfig(), "auto", "off"
     config = resolve(config)
     data = open_data(config)
     if not data.validation:
-        raise MegagammaError(
-            f"{folder}: its run has no held-out data to probe it with: leave out the instrument activations"
-        )
-    runtime = Runtime(config, world_from_environment())
-    engine = fresh_engine(config, runtime)
+        raise MegagammaError(f"{folder}: its run has no held-out data, and this needs some: give another run")
+    engine = fresh_engine(config, Runtime(config, world_from_environment()))
     try:
         load(engine, folder, manifest)
-        return measure_activations(engine, probe_batches(next(iter(data.validation.values())), 1))
+        yield engine, data
     finally:
         engine.close()
+
+
+def activations_of_checkpoint(folder: Path) -> dict[str, Any]:
+    """`measure_activations` of a checkpoint, on the probe that its run used.
+
+    Raises:
+        MegagammaError: see `rebuilt`.
+    """
+    from megagamma.dynamics.activations import measure_activations, probe_batches
+
+    with rebuilt(folder) as (engine, data):
+        return measure_activations(engine, probe_batches(next(iter(data.validation.values())), 1))
