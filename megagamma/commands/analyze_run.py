@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megagamma.config.rules import check_instruments
 from megagamma.reporting.tables import aligned_table
 
 INSTRUMENTS = ["weights", "heads", "motion"]
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     # torch is imported only now, so that --help is answered at once.
     from megagamma.dynamics.analysis import analyze, is_run, missing, records
-    from megagamma.dynamics.measure import check_instruments, record
+    from megagamma.dynamics.measure import record
     from megagamma.dynamics.sources import snapshot_of
     from megagamma.files import write_json
     from megagamma.runs.folder import RunFolder

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megagamma.config.bounds import Bounds
-from megagamma.config.schema import ROLES, Config
+from megagamma.config.schema import INSTRUMENTS, ROLES, Config
 from megagamma.errors import ConfigurationError
 
 _MAX_RISES = 100_000  # of the batch ramp
@@ -62,6 +62,17 @@ def _check_schedule(config: Config) -> None:
             f"schedule.warmup_ratio={schedule.warmup_ratio} and schedule.decay_ratio={schedule.decay_ratio} of "
             "schedule.shape=wsd must add up to at most 1: the decay would begin before the warm-up ends"
         )
+
+
+def check_instruments(names: Iterable[str], option: str = "instrument") -> None:
+    """Refuse an unknown instrument.
+
+    Raises:
+        ConfigurationError: naming it.
+    """
+    for name in names:
+        if name not in INSTRUMENTS:
+            raise ConfigurationError(f"{option} {name!r} is not known: use {', '.join(INSTRUMENTS)}")
 
 
 def _check_exponents(config: Config) -> None:
@@ -305,5 +316,6 @@ def check_options(config: Config) -> None:
     _check_schedule(config)
     _check_model(config)
     _check_exponents(config)
+    check_instruments(config.dynamics.instruments, "dynamics.instruments:")
     _check_learning_rates(config)
     _check_data(config)

@@ -310,6 +310,9 @@ class ValidationConfig:
     refused, and what they would run is listed."""
 
 
+INSTRUMENTS = ("weights", "spectrum", "heads", "motion", "activations")
+
+
 @dataclass
 class DynamicsConfig:
     """Numbers of every weight matrix while a run trains, in dynamics.jsonl: see docs/dynamics.md."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megagamma.config.schema import DynamicsConfig
 from megagamma.dynamics.activations import measure_activations, probe_batches
-from megagamma.dynamics.measure import check_instruments, line, measure
+from megagamma.dynamics.measure import line, measure
 from megagamma.dynamics.sources import of_engine
 from megagamma.errors import ConfigurationError
 from megagamma.training.callbacks.base import Callback, Step
@@ -23,7 +23,6 @@ class Dynamics(Callback):
     """
 
     def __init__(self, options: DynamicsConfig) -> None:
-        check_instruments(options.instruments)
         self.options = options
         self._gradients: dict[str, float] = {}
         self._seconds = 0.0

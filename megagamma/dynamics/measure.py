@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +13,10 @@ from torch import Tensor
 
 from megagamma.dynamics.matrices import EXACT_SIDE, Spectrum, measure_matrix, singular_values
 from megagamma.dynamics.sources import Drawn, LastUpdate, Snapshot, State
-from megagamma.errors import ConfigurationError
 from megagamma.initialization.streams import normal_
 from megagamma.model.parameters import LogicalParameter
 
-INSTRUMENTS = ("weights", "spectrum", "heads", "motion", "activations")
-"""Families that can be switched: condensation, ranks, norms and distances; all singular values of large matrices too; ranks of
-single heads; updates and moments; the residual stream, norms, attention and gates on a probe."""
 _HEAD_ROLES = ("query", "key", "value", "attention_output")
-
-
-def check_instruments(names: Iterable[str]) -> None:
-    """Refuse an unknown instrument.
-
-    Raises:
-        ConfigurationError: naming it.
-    """
-    for name in names:
-        if name not in INSTRUMENTS:
-            raise ConfigurationError(f"instrument {name!r} is not known: use {', '.join(INSTRUMENTS)}")
 
 
 def _norm(values: Tensor) -> float:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.exports import SHAPE
-from support.ranks import RankError, RankPool
+from support.ranks import RankPool
 from support.train import run_trainer
 
 from megagamma.commands import analyze_run
+from megagamma.config.io import parse_config
 from megagamma.dynamics.activations import SINK_LENGTH, _merged, _Recorder
 from megagamma.dynamics.analysis import records
+from megagamma.errors import ConfigurationError
 from megagamma.runs.folder import RunFolder
 
 
@@ -102,7 +104,6 @@ def test_layouts_and_checkpoints_give_one_answer(tmp_path: Path, four_ranks: Ran
     assert saved != pytest.approx(numbers(lines[1]), rel=1e-3)
 
 
-def test_an_unknown_instrument(tmp_path: Path, one_rank: RankPool, data_cache: str) -> None:
-    given = [*SHAPE, "--run.folder", str(tmp_path / "run"), "--data.cache", data_cache, "--dynamics.interval", "1"]
-    with pytest.raises(RankError, match="instrument 'activation' is not known: use weights"):
-        one_rank.run(run_trainer, [*given, "--dynamics.instruments", '["activation"]'])
+def test_an_unknown_instrument() -> None:
+    with pytest.raises(ConfigurationError, match=r"dynamics\.instruments: 'activation' is not known: use weights"):
+        parse_config(["--config", "configs/smoke.yaml", "--dynamics.instruments", '["activation"]'])

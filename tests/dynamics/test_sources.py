@@ -19,9 +19,10 @@ from megagamma.checkpoint.manifest import MANIFEST, sealed
 from megagamma.checkpoint.reader import CheckpointReader
 from megagamma.checkpoint.safetensors_writer import checksum
 from megagamma.commands import analyze_run, checkpoint
+from megagamma.config.schema import INSTRUMENTS
 from megagamma.dynamics.analysis import records, turning_point
 from megagamma.dynamics.lineage import lineage
-from megagamma.dynamics.measure import INSTRUMENTS, record
+from megagamma.dynamics.measure import record
 from megagamma.dynamics.sources import of_huggingface, snapshot_of
 from megagamma.errors import MegagammaError
 from megagamma.huggingface.export import ExportOptions, export
