@@ -280,14 +280,11 @@ def test_layers_that_share_a_weight_draw_it_once() -> None:
 def sharded(from_meta: bool, dtype: torch.dtype) -> dict[str, Any]:
     """What this rank holds of a model under FSDP2, and the largest tensor that was allocated on the way."""
     import torch.distributed as dist
+    from support.ranks import join_world
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megagamma.environment import keep_gloo_on_this_host
-
-    if not dist.is_initialized():
-        keep_gloo_on_this_host()
-        dist.init_process_group("gloo")
+    join_world()
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     with torch.device("meta" if from_meta else "cpu"):
         model = Plain().to(dtype)

@@ -14,16 +14,10 @@ SHAPE = {"num_layers": 4, "head_dim": 16, "ffn_hidden_size": 96, "vocab_size": 1
 
 def in_groups(action: Any, tensor: int = 1, pipeline: int = 1, virtual: int | None = None, expert: int = 1) -> Any:
     """Do something in Megatron's process groups of a layout, as Megatron-LM forms them."""
-    import torch.distributed as dist
     from megatron.core import parallel_state
+    from support.ranks import join_world
 
-    from megagamma.distributed.compat.megatron import run_on_cpu
-    from megagamma.environment import keep_gloo_on_this_host
-
-    run_on_cpu()  # Megatron ties the embeddings of two stages on a GPU only
-    if not dist.is_initialized():
-        keep_gloo_on_this_host()
-        dist.init_process_group("gloo")
+    join_world()
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor, pipeline, virtual_pipeline_model_parallel_size=virtual, expert_model_parallel_size=expert
