@@ -63,11 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", default="", metavar="FILE", help="write all lines to a file, by path")
     given = parser.parse_args(arguments)
     # torch is imported only now, so that --help is answered at once.
-    from megagamma.dynamics.analysis import analyze, is_run, missing, records
+    from megagamma.dynamics.analysis import analyze, missing, records
     from megagamma.dynamics.measure import record
     from megagamma.dynamics.sources import snapshot_of
     from megagamma.files import write_json
-    from megagamma.runs.folder import RunFolder
+    from megagamma.runs.folder import RunFolder, is_run
 
     check_instruments(given.instruments)
     found: dict[str, list[dict[str, Any]]] = {}

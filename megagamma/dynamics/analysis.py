@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from megagamma.dynamics.measure import record
@@ -81,8 +80,3 @@ def turning_point(steps: Sequence[int], values: Sequence[float]) -> int | None:
         return None
     highest = max(range(len(values)), key=values.__getitem__)
     return steps[highest] if 0 < highest < len(values) - 1 else None
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path is a run, and not a checkpoint or an exported folder."""
-    return (path / "config.yaml").is_file()
