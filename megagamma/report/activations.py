@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megagamma.report.figures import Figure, grid, small
@@ -44,52 +44,50 @@ def _over_seeds(curves: Sequence[dict[int, float]]) -> tuple[list[int], list[flo
     return shared, [statistics.fmean(curve[key] for curve in curves) for key in shared]
 
 
-def over_training(arms: Sequence[Arm]) -> Figure | None:
-    """Means over layers, over steps."""
-    names = [name for name in NUMBERS if any(_means(run, name) for arm in arms for run in arm.runs)]
+def _profile(run: ReportRun, name: str) -> dict[int, float]:
+    """By layer, at the last measurement."""
+    lines = _lines(run)
+    layers = lines[-1]["activations"]["layers"] if lines else {}
+    return {int(layer): numbers[name] for layer, numbers in layers.items() if finite(numbers.get(name))}
+
+
+def _figure(
+    arms: Sequence[Arm], curve_of: Callable[[ReportRun, str], dict[int, float]], over: str, title: str, reading: str
+) -> Figure | None:
+    """A small plot for each number that was measured, over `step` or `layer`."""
+    names = [name for name in NUMBERS if any(curve_of(run, name) for arm in arms for run in arm.runs)]
     if not names:
         return None
+    by_step = over == "step"
     traces, rows = [], []
     for place, name in enumerate(names):
         for index, arm in enumerate(arms):
-            steps, values = _over_seeds([curve for run in arm.runs if (curve := _means(run, name))])
-            if steps:
-                traces.append(small([step + 1 for step in steps], values, arm, index, place))
-                rows += [(name, arm.label, step, value) for step, value in zip(steps, values, strict=True)]
-    return Figure(
+            keys, values = _over_seeds([curve for run in arm.runs if (curve := curve_of(run, name))])
+            if keys:
+                traces.append(small([key + by_step for key in keys], values, arm, index, place))
+                rows += [(name, arm.label, key, value) for key, value in zip(keys, values, strict=True)]
+    layout = grid([NUMBERS[name] for name in names], "step + 1" if by_step else over, log_x=by_step)
+    return Figure(title, reading, traces, layout, ("number", "arm", over, "value"), rows)
+
+
+def over_training(arms: Sequence[Arm]) -> Figure | None:
+    """Means over layers, over steps."""
+    return _figure(
+        arms,
+        _means,
+        "step",
         "Activations over training",
         "Means over layers and seeds on eight held-out samples. A norm is saturated where less than about 1 is left of its "
         "output; a head has a sink where the first token gets more than 0.3 of its attention.",
-        traces,
-        grid([NUMBERS[name] for name in names], "step + 1", log_x=True),
-        ("number", "arm", "step", "value"),
-        rows,
     )
 
 
 def by_layer(arms: Sequence[Arm]) -> Figure | None:
     """The last measurement, layer by layer."""
-
-    def profile(run: ReportRun, name: str) -> dict[int, float]:
-        lines = _lines(run)
-        layers = lines[-1]["activations"]["layers"] if lines else {}
-        return {int(layer): numbers[name] for layer, numbers in layers.items() if finite(numbers.get(name))}
-
-    names = [name for name in NUMBERS if any(profile(run, name) for arm in arms for run in arm.runs)]
-    if not names:
-        return None
-    traces, rows = [], []
-    for place, name in enumerate(names):
-        for index, arm in enumerate(arms):
-            layers, values = _over_seeds([curve for run in arm.runs if (curve := profile(run, name))])
-            if layers:
-                traces.append(small(layers, values, arm, index, place))
-                rows += [(name, arm.label, layer, value) for layer, value in zip(layers, values, strict=True)]
-    return Figure(
+    return _figure(
+        arms,
+        _profile,
+        "layer",
         "Activations by layer, at the last measurement",
         "Where in depth norms saturate, sinks sit and gates close; means over heads and seeds.",
-        traces,
-        grid([NUMBERS[name] for name in names], "layer", log_x=False),
-        ("number", "arm", "layer", "value"),
-        rows,
     )
