@@ -3,6 +3,7 @@
     megagamma analyze_run runs/mine                         # every checkpoint that was not measured yet
     megagamma analyze_run runs/a runs/b --steps 0 100 1000 --instruments weights spectrum
     megagamma analyze_run runs/mine/hf/step_00001000        # a checkpoint or a Hugging Face folder, by role
+    megagamma analyze_run theirs --instruments activations --text runs/mine     # on a run's held-out text
 
 What was measured goes to RUN/analysis.jsonl, beside what the run measured itself (RUN/dynamics.jsonl), and is not measured
 again. Every number stands beside that of a random matrix of the same shape. docs/dynamics.md has the formulas.
@@ -58,22 +59,25 @@ def main(arguments: list[str] | None = None) -> int:
         "--instruments",
         nargs="+",
         default=INSTRUMENTS,
-        help=f"default: {' '.join(INSTRUMENTS)}; also spectrum, and activations for runs",
+        help=f"default: {' '.join(INSTRUMENTS)}; also spectrum, embeddings and activations",
     )
+    parser.add_argument(
+        "--text", type=Path, metavar="RUN",
+        help="run whose held-out text embeddings and activations of a folder read (default: the run that it lies in)",
+    )  # fmt: skip
     parser.add_argument("--json", default="", metavar="FILE", help="write all lines to a file, by path")
     given = parser.parse_args(arguments)
     # torch is imported only now, so that --help is answered at once.
-    from megagamma.dynamics.analysis import analyze, missing, records
-    from megagamma.dynamics.measure import record
-    from megagamma.dynamics.sources import snapshot_of
+    from megagamma.dynamics.analysis import analyze, analyze_folder, missing, records
     from megagamma.files import write_json
     from megagamma.runs.folder import RunFolder, is_run
 
     check_instruments(given.instruments)
+    text = RunFolder(given.text).require_run() if given.text else None
     found: dict[str, list[dict[str, Any]]] = {}
     for path in given.paths:
         if not is_run(path):
-            line = record(snapshot_of(path), given.instruments)
+            line = analyze_folder(path, given.instruments, text)
             print(path)
             print_line(line)
             found[str(path)] = [line]

@@ -310,7 +310,9 @@ class ValidationConfig:
     refused, and what they would run is listed."""
 
 
-INSTRUMENTS = ("weights", "spectrum", "heads", "motion", "activations")
+INSTRUMENTS = ("weights", "spectrum", "heads", "motion", "embeddings", "activations")
+NEED_TEXT = ("embeddings", "activations")
+"""Instruments that need held-out text."""
 
 
 @dataclass
@@ -322,9 +324,9 @@ class DynamicsConfig:
     log_spaced: bool = False
     """Also measure at steps 0, 1, 2, 4, 8, ... and after the last one."""
     instruments: list[str] = field(default_factory=lambda: ["weights", "heads", "motion"])
-    """weights: condensation, ranks, norms, distances from the start; spectrum: all singular values of large matrices too;
-    heads: norm and stable rank of each; motion: gradients, updates, moments; activations: the residual stream, norms, attention
-    and gates on eight held-out samples."""
+    """weights: condensation, ranks, norms, distances from the start; spectrum: singular values, and ranks of large matrices
+    too; heads: norm and stable rank of each; motion: gradients, updates, moments; embeddings: geometry of the 200 most frequent
+    tokens of held-out text; activations: the residual stream, norms, attention and gates on eight held-out samples."""
 
 
 @dataclass

@@ -179,6 +179,8 @@ def measure_activations(engine: Any, batches: list[Batch]) -> dict[str, Any]:
                 name, value = name.removesuffix("_square") + "_rms", math.sqrt(value)
             found.setdefault(place, {})[name] = value
     for place, numbers in layers.items():
+        if numbers.get("residual_rms"):
+            numbers["massive_activation"] = numbers["residual_max"] / numbers["residual_rms"]
         own = [one for key, one in heads.items() if key.split(".")[0] == place]
         for name in own[0] if own else ():
             numbers[name] = math.fsum(one[name] for one in own) / len(own)

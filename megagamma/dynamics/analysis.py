@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from megagamma.config.schema import NEED_TEXT
 from megagamma.dynamics.measure import record
-from megagamma.dynamics.rebuilt import activations_of_checkpoint
-from megagamma.dynamics.sources import of_checkpoint
-from megagamma.errors import MegagammaError
-from megagamma.runs.folder import RunFolder
+from megagamma.dynamics.rebuilt import activations_of_checkpoint, activations_of_huggingface, frequent_tokens
+from megagamma.dynamics.sources import of_checkpoint, snapshot_of
+from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.runs.folder import RunFolder, is_checkpoint
 
 
 def records(run: RunFolder) -> list[dict[str, Any]]:
@@ -65,13 +67,42 @@ def analyze(
     Raises:
         MegagammaError: see `missing`; or a checkpoint is corrupt.
     """
-    head_dim = run.read_config().model.head_dim
-    for step in missing(run, instruments, steps):
-        line = record(of_checkpoint(run.checkpoint(step)), instruments, head_dim)
+    todo = missing(run, instruments, steps)
+    frequent = frequent_tokens(run.read_config(), run.path) if todo and "embeddings" in instruments else None
+    for step in todo:
+        line = record(of_checkpoint(run.checkpoint(step)), instruments, frequent)
         if "activations" in instruments:
             line["activations"] = activations_of_checkpoint(run.checkpoint(step))
         run.analysis().write(line)
         yield step, line
+
+
+def analyze_folder(path: Path, instruments: Sequence[str], text: RunFolder | None = None) -> dict[str, Any]:
+    """A line of a checkpoint, or of a Hugging Face folder of anybody's.
+
+    Args:
+        path: the folder.
+        text: the run whose held-out text `embeddings` and `activations` read; None: the one that the folder lies in.
+
+    Raises:
+        MegagammaError: it is neither, or there is no text for an instrument that needs it.
+    """
+    snapshot = snapshot_of(path)
+    run = text or RunFolder.of_checkpoint(path)
+    wanting = [name for name in NEED_TEXT if name in instruments]
+    if wanting and run is None:
+        raise ConfigurationError(
+            f"{path}: {' and '.join(wanting)} need held-out text, and it lies in no run: give --text RUN of the same "
+            "tokenizer, or leave them out of --instruments"
+        )
+    frequent = frequent_tokens(run.read_config(), path) if run is not None and "embeddings" in wanting else None
+    line = record(snapshot, instruments, frequent)
+    if "activations" in wanting and run is not None:
+        if is_checkpoint(path):
+            line["activations"] = activations_of_checkpoint(path, text)
+        else:
+            line["activations"] = activations_of_huggingface(path, run)
+    return line
 
 
 def turning_point(steps: Sequence[int], values: Sequence[float]) -> int | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megagamma.config.schema import DynamicsConfig
+from megagamma.config.schema import NEED_TEXT, DynamicsConfig
 from megagamma.dynamics.activations import measure_activations, probe_batches
+from megagamma.dynamics.embeddings import Signatures, signatures
 from megagamma.dynamics.measure import line, measure
 from megagamma.dynamics.sources import of_engine
 from megagamma.errors import ConfigurationError
@@ -26,6 +27,7 @@ class Dynamics(Callback):
         self.options = options
         self._gradients: dict[str, float] = {}
         self._seconds = 0.0
+        self._frequent: Signatures | None = None
 
     @property
     def _is_on(self) -> bool:
@@ -45,11 +47,16 @@ class Dynamics(Callback):
         """
         if not self._is_on:
             return
-        if "activations" in self.options.instruments and not self.session.data.validation:
-            raise ConfigurationError(
-                "dynamics.instruments: activations needs held-out data for its probe, and this run has none: leave it out, or "
-                "give --validation.paths"
-            )
+        held_out = next(iter(self.session.data.validation.values()), None)
+        for name in NEED_TEXT:
+            if name in self.options.instruments and held_out is None:
+                raise ConfigurationError(
+                    f"dynamics.instruments: {name} needs held-out data, and this run has none: leave it out, or give "
+                    "--validation.paths"
+                )
+        if "embeddings" in self.options.instruments:
+            assert held_out is not None and self.config.model.vocab_size is not None
+            self._frequent = signatures(held_out, self.config.model.vocab_size)
         if self.session.runtime.is_main:
             self.session.folder.dynamics().keep_until(self.session.step if self.session.step else -1)
         if self.session.step == 0 and self.is_due(0):
@@ -95,7 +102,7 @@ class Dynamics(Callback):
     def _measure(self, step: int) -> dict[str, dict[str, float]]:
         """Every rank measures the matrices that it owns; returns the means by role, on rank 0."""
         session, config, began = self.session, self.config, time.perf_counter()
-        own = measure(of_engine(self.engine, step), self.options.instruments, config.model.head_dim)
+        own = measure(of_engine(self.engine, step), self.options.instruments, self._frequent)
         activations = None
         if "activations" in self.options.instruments:
             probe = probe_batches(next(iter(session.data.validation.values())), config.parallel.pipeline)
@@ -107,7 +114,7 @@ class Dynamics(Callback):
         self._seconds += seconds
         if not session.runtime.is_main:
             return {}
-        found = line(step, self.options.instruments, everyone, seconds, activations)
+        found = line(step, self.options.instruments, everyone, seconds, activations, self._frequent)
         for role, norm in self._gradients.items():
             found["roles"].setdefault(role, {})["gradient_norm"] = norm
         self._gradients = {}

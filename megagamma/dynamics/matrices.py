@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ def cosine_error(rows: int, inputs: int) -> float:
 
 def clusters(cosine: Tensor, threshold: float) -> int:
     """Number of groups: the first row takes all whose cosine with it exceeds the threshold, and so on with the rest."""
-    near = (cosine > threshold).cpu()
-    left = torch.ones(near.shape[0], dtype=torch.bool)
-    count = 0
+    near = (cosine > threshold).cpu().fill_diagonal_(True)
+    left = near.sum(1) > 1  # a row that is near no other is a group, whoever comes first
+    count = int((~left).sum())
     while True:
         remaining = left.nonzero()
         if len(remaining) == 0:
@@ -118,6 +119,13 @@ def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(wide @ wide.t()).flip(0).clamp_min(0.0).sqrt().cpu()
 
 
+def spectrum_ranks(count: int, most: int = 48) -> list[int]:
+    """Ranks from 1 to `count` whose singular values are kept: all of few, else evenly spaced in their logarithm."""
+    if count <= most:
+        return list(range(1, count + 1))
+    return sorted({round(count ** (index / (most - 1))) for index in range(most)})
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """What a spectrum comes to."""
@@ -140,20 +148,24 @@ class Spectrum:
         return cls(square / float(values.max()) ** 2, math.exp(entropy), total**2 / square)
 
 
-def measure_matrix(matrix: Tensor, spectrum: bool) -> dict[str, float]:
+def measure_matrix(matrix: Tensor, spectrum: bool) -> dict[str, Any]:
     """Numbers of a matrix, names as in dynamics.jsonl.
 
     Args:
         matrix: (out, in), any float dtype.
-        spectrum: also what needs all singular values; else only where the shorter side is at most `EXACT_SIDE`.
+        spectrum: also what needs all singular values, and those of `spectrum_ranks` themselves; else the former only where the
+            shorter side is at most `EXACT_SIDE`.
     """
     cosine = cosines(matrix)
-    found = {"condensation": mean_absolute_cosine(cosine)}
+    found: dict[str, Any] = {"condensation": mean_absolute_cosine(cosine)}
     for threshold in THRESHOLDS:
         found[f"clusters_{threshold:g}"] = clusters(cosine, threshold) / cosine.shape[0]
     del cosine
     if spectrum or min(matrix.shape) <= EXACT_SIDE:
-        one = Spectrum.of(singular_values(matrix))
+        values = singular_values(matrix)
+        one = Spectrum.of(values)
+        if spectrum:
+            found["singular_values"] = [float(values[rank - 1]) for rank in spectrum_ranks(len(values))]
         found |= {
             "stable_rank": one.stable_rank, "effective_rank": one.effective_rank, "participation": one.participation,
         }  # fmt: skip

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagamma.dynamics.matrices import EXACT_SIDE, Spectrum, measure_matrix, singular_values
+from megagamma.dynamics.embeddings import Signatures, geometry, random_geometry
+from megagamma.dynamics.matrices import Spectrum, measure_matrix, singular_values
 from megagamma.dynamics.sources import Drawn, LastUpdate, Snapshot, State
 from megagamma.initialization.streams import normal_
 from megagamma.model.parameters import LogicalParameter
 
 _HEAD_ROLES = ("query", "key", "value", "attention_output")
+_VOCABULARY_ROLES = ("embedding", "head")
 
 
 def _norm(values: Tensor) -> float:
@@ -66,23 +68,32 @@ def _heads(parameter: LogicalParameter, weight: Tensor, head_dim: int) -> dict[s
 
 
 @functools.lru_cache(maxsize=256)
-def random_baseline(shape: tuple[int, int], spectrum: bool) -> Mapping[str, float]:
-    """The numbers of a random normal matrix of a shape, which has no structure; of small ones the mean of several."""
+def random_baseline(shape: tuple[int, int], spectrum: bool) -> Mapping[str, Any]:
+    """The numbers of a random normal matrix of a shape, which has no structure; of small ones the mean of several.
+
+    Its numbers are of std 1: only `singular_values` depend on that.
+    """
     draws = 16 if shape[0] * shape[1] <= 1 << 16 else 1
-    total: dict[str, float] = {}
+    found = []
     for seed in range(draws):
         out = normal_(torch.empty(shape), seed=seed, name="a random matrix", global_shape=shape, std=1.0)
-        for key, value in measure_matrix(out, spectrum).items():
-            total[key] = total.get(key, 0.0) + value / draws
-    return total
+        found.append(measure_matrix(out, spectrum))
+    return {
+        key: [math.fsum(at) / draws for at in zip(*(one[key] for one in found), strict=True)]
+        if isinstance(first, list)
+        else math.fsum(one[key] for one in found) / draws
+        for key, first in found[0].items()
+    }
 
 
-def measure(snapshot: Snapshot, instruments: Sequence[str], head_dim: int | None = None) -> dict[str, dict[str, Any]]:
+def measure(
+    snapshot: Snapshot, instruments: Sequence[str], frequent: Signatures | None = None
+) -> dict[str, dict[str, Any]]:
     """Numbers of every matrix and gain that this process holds, by logical name.
 
     Args:
         instruments: of `INSTRUMENTS`.
-        head_dim: width of a head; None: heads are not taken apart.
+        frequent: of held-out text, which `embeddings` needs; None: it is left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for parameter, state in snapshot.states():
@@ -92,21 +103,27 @@ def measure(snapshot: Snapshot, instruments: Sequence[str], head_dim: int | None
             values |= _weights(parameter, weight, snapshot.drawn)
             if parameter.role != "norm":
                 values |= measure_matrix(weight, "spectrum" in instruments)
-        if "heads" in instruments and head_dim and parameter.role in _HEAD_ROLES:
-            values |= _heads(parameter, weight, head_dim)
+        if "heads" in instruments and snapshot.head_dim and parameter.role in _HEAD_ROLES:
+            values |= _heads(parameter, weight, snapshot.head_dim)
+        if "embeddings" in instruments and frequent is not None and parameter.role in _VOCABULARY_ROLES:
+            values |= geometry(weight, frequent)
         if "motion" in instruments and snapshot.update is not None and "exp_avg" in state:
             values |= _motion(parameter, state, snapshot.update, snapshot.drawn)
         found[parameter.name] = values
     return found
 
 
-def baselines(matrices: Mapping[str, Mapping[str, Any]], spectrum: bool) -> dict[str, dict[str, float]]:
-    """`random_baseline` of every shape among the matrices, by the shape as text, such as 64x32."""
-    found = {}
+def baselines(
+    matrices: Mapping[str, Mapping[str, Any]], spectrum: bool, frequent: Signatures | None = None
+) -> dict[str, dict[str, Any]]:
+    """`random_baseline` of every shape among the matrices, by the shape as text, such as 64x32; with `random_geometry`."""
+    found: dict[str, dict[str, Any]] = {}
     for values in matrices.values():
         shape = tuple(values["shape"])
         if values["role"] != "norm" and len(shape) == 2 and "condensation" in values:
-            found["x".join(map(str, shape))] = dict(random_baseline(shape, spectrum or min(shape) <= EXACT_SIDE))
+            found["x".join(map(str, shape))] = dict(random_baseline(shape, spectrum))
+        if frequent is not None and "signature_correlation" in values:
+            found.setdefault("x".join(map(str, shape)), {}).update(random_geometry(frequent, shape[1]))
     return found
 
 
@@ -128,6 +145,7 @@ def line(
     matrices: Mapping[str, Mapping[str, Any]],
     seconds: float,
     activations: Mapping[str, Any] | None = None,
+    frequent: Signatures | None = None,
 ) -> dict[str, Any]:
     """A line of dynamics.jsonl or analysis.jsonl, of all matrices of a model."""
     return {
@@ -135,14 +153,14 @@ def line(
         "instruments": list(instruments),
         "roles": by_role(matrices),
         "matrices": dict(matrices),
-        "baselines": baselines(matrices, "spectrum" in instruments),
+        "baselines": baselines(matrices, "spectrum" in instruments, frequent),
         **({"activations": dict(activations)} if activations else {}),
         "seconds": seconds,
     }
 
 
-def record(snapshot: Snapshot, instruments: Sequence[str], head_dim: int | None = None) -> dict[str, Any]:
-    """A line of a model that this process holds whole."""
+def record(snapshot: Snapshot, instruments: Sequence[str], frequent: Signatures | None = None) -> dict[str, Any]:
+    """A line of a model that this process holds whole; see `measure`."""
     began = time.perf_counter()
-    matrices = measure(snapshot, instruments, head_dim)
-    return line(snapshot.step, instruments, matrices, time.perf_counter() - began)
+    matrices = measure(snapshot, instruments, frequent)
+    return line(snapshot.step, instruments, matrices, time.perf_counter() - began, frequent=frequent)

@@ -79,6 +79,8 @@ class Snapshot:
     """None: not known, as of a model that others have trained."""
     update: LastUpdate | None
     """None: there was none, or its moments are not known."""
+    head_dim: int | None
+    """Width of an attention head; None: not known, so that heads are not taken apart."""
 
 
 def true_parameters(config: Config) -> tuple[LogicalParameter, ...]:
@@ -141,7 +143,8 @@ def of_checkpoint(folder: Path) -> Snapshot:
 
     imported = "imported_from" in manifest
     update = None if len(kinds) < 3 else last_update(config, manifest["step"], manifest["adam_step"])
-    return Snapshot(manifest["step"], parameters, states, None if imported else drawn_of(config), update)
+    drawn = None if imported else drawn_of(config)
+    return Snapshot(manifest["step"], parameters, states, drawn, update, config.model.head_dim)
 
 
 def of_huggingface(folder: Path) -> Snapshot:
@@ -185,7 +188,9 @@ def of_huggingface(folder: Path) -> Snapshot:
     if about:
         init = InitConfig(**about["init"])
         drawn = Drawn(init, about["seed"], ModelShape(plan.hidden_size, plan.num_layers))
-    return Snapshot(int(about.get("step", 0)), tuple(parameters.values()), states, drawn, None)
+    heads = values.get("num_attention_heads")
+    head_dim = values.get("head_dim") or (plan.hidden_size // heads if heads else None)
+    return Snapshot(int(about.get("step", 0)), tuple(parameters.values()), states, drawn, None, head_dim)
 
 
 def of_engine(engine: Any, step: int) -> Snapshot:
@@ -199,9 +204,8 @@ def of_engine(engine: Any, step: int) -> Snapshot:
         for name, state in whole_states(engine):
             yield parameters[name], trimmed(parameters[name], state)
 
-    return Snapshot(
-        step, tuple(parameters.values()), states, drawn_of(config), last_update(config, step, engine.state.step)
-    )
+    last = last_update(config, step, engine.state.step)
+    return Snapshot(step, tuple(parameters.values()), states, drawn_of(config), last, config.model.head_dim)
 
 
 def snapshot_of(path: Path) -> Snapshot:

@@ -20,10 +20,8 @@ from megagamma.checkpoint.reader import CheckpointReader
 from megagamma.checkpoint.safetensors_writer import checksum
 from megagamma.commands import analyze_run, checkpoint
 from megagamma.config.schema import INSTRUMENTS
-from megagamma.dynamics.analysis import records, turning_point
+from megagamma.dynamics.analysis import analyze_folder, records, turning_point
 from megagamma.dynamics.lineage import lineage
-from megagamma.dynamics.measure import record
-from megagamma.dynamics.sources import of_huggingface, snapshot_of
 from megagamma.errors import MegagammaError
 from megagamma.huggingface.export import ExportOptions, export
 from megagamma.huggingface.native import parity_outputs
@@ -65,25 +63,42 @@ def numbers(line: dict[str, Any]) -> dict[tuple[str, str, int], float]:
     return found
 
 
+def activations(line: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{kind} {place} {key}": value
+        for kind in ("layers", "heads")
+        for place, values in line["activations"][kind].items()
+        for key, value in values.items()
+    }
+
+
 def test_live_checkpoint_and_export_agree(run: Path, tmp_path: Path, one_rank: RankPool) -> None:
     lines = RunFolder(run).dynamics().read()
     assert [line["step"] for line in lines] == STEPS
     live = numbers(lines[-1])
     folder = run / "checkpoints" / "step_00000006"
-    saved = numbers(record(snapshot_of(folder), INSTRUMENTS, head_dim=24))
+    saved_line = analyze_folder(folder, INSTRUMENTS)
+    saved = numbers(saved_line)
     assert saved == pytest.approx(live, rel=1e-5) and len(live) > 700
+    assert ("model.embed_tokens.weight", "signature_correlation", 0) in live
+    flat = pytest.approx(activations(lines[-1]), rel=2e-5, abs=1e-7)
+    assert activations(saved_line) == flat and len(activations(saved_line)) > 40
     exported = export(
         folder, tmp_path / "hf", ExportOptions(), quiet=True, say=lambda _: None,
         native=lambda inputs: one_rank.run(parity_outputs, inputs)[0],
     )  # fmt: skip
-    theirs = numbers(record(of_huggingface(exported), INSTRUMENTS, head_dim=24))
+    with pytest.raises(MegagammaError, match="embeddings and activations need held-out text, and it lies in no run"):
+        analyze_folder(exported, INSTRUMENTS)
+    exported_line = analyze_folder(exported, INSTRUMENTS, RunFolder(run))
+    assert activations(exported_line) == flat
+    theirs = numbers(exported_line)
     # An exported model has neither norms' roles nor moments; its matrices are these.
     kinds = {key for name, key, _ in live if "norm.weight" not in name and not key.startswith(("update", "exp_avg"))}
     expected = {key: value for key, value in live.items() if key[1] in kinds and "norm.weight" not in key[0]}
     assert theirs == pytest.approx(expected, rel=1e-5)
     # Negative control: another step's numbers are not these.
-    other = numbers(record(snapshot_of(run / "checkpoints" / "step_00000004"), INSTRUMENTS, head_dim=24))
-    assert other != pytest.approx(live, rel=1e-3)
+    other = analyze_folder(run / "checkpoints" / "step_00000004", INSTRUMENTS)
+    assert numbers(other) != pytest.approx(live, rel=1e-3) and activations(other) != flat
 
 
 def test_the_update_is_the_update(tmp_path: Path, two_ranks: RankPool, data_cache: str) -> None:
