@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigurationError(f"--sequences {given.sequences}: must be at least 2, since intervals are over them")
     # torch is imported only now, so that --help is answered at once.
     from megagamma.dynamics.token_gains import check_comparable, gains
-    from megagamma.dynamics.token_losses import TokenLosses, of_checkpoint
+    from megagamma.dynamics.token_losses import TokenLosses, kept_file, of_checkpoint, pieces_of
     from megagamma.files import write_text
     from megagamma.report.passages import page
     from megagamma.reporting.tables import csv_table
@@ -47,12 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise MegagammaError(f"{path}: has no checkpoint{wanted}: it has {', '.join(map(str, steps)) or 'none'}")
         step = steps[-1] if given.step is None else given.step
         print(f"{path}: losses of step {step}", flush=True)
-        keep = run.path / "tokens" / f"step_{step:08d}.npz"
-        found.append(of_checkpoint(run.checkpoint(step), given.sequences, keep))
+        found.append(of_checkpoint(run.checkpoint(step), given.sequences, kept_file(run, step)))
         if len(found) == 2:
             check_comparable(*found)
     first, second = found
-    pieces = _pieces(given.baseline)
+    pieces = pieces_of(RunFolder(given.baseline))
     rows = gains(first, second, pieces)
     widths = (32, 24, 10, 10, 12, 24)
     cells = [
@@ -78,18 +77,3 @@ def main(arguments: list[str] | None = None) -> int:
     write_text(output.with_suffix(".csv"), csv_table(list(asdict(rows[0])), map(asdict, rows)))
     print(f"wrote {output} and {output.with_suffix('.csv')}")
     return 0
-
-
-def _pieces(run: Path) -> list[str]:
-    """Text of every token of a run's tokenizer."""
-    import sentencepiece
-
-    from megagamma.runs.folder import RunFolder
-
-    file = RunFolder(run).tokenizer_file
-    if not file.is_file():
-        raise MegagammaError(
-            f"{file}: is missing, and kinds of tokens are told by their text: copy the tokenizer there"
-        )
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]

@@ -5,7 +5,8 @@
     megagamma sweep report SWEEP.yaml                           # every point of a sweep
 
 Weights are shown as far as they were measured: by the run (--dynamics.log_spaced true) or by tools/analyze_run.py;
---analyze measures what is missing from the checkpoints first.
+--analyze measures what is missing from the checkpoints first, and --tokens the loss of every token of held-out sequences,
+which gains by kinds of tokens need. Scores are those that tools/convert_and_eval.py has left in RUN/eval.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from pathlib import Path
 from megagamma.errors import MegagammaError
 
 
-def write_report(paths: list[Path], output: Path, title: str, analyze: bool = False) -> None:
+def write_report(paths: list[Path], output: Path, title: str, analyze: bool = False, tokens: int = 0) -> None:
     """Read the runs, and write the page; of several, those that cannot be read are named and left out.
+
+    Args:
+        analyze: measure checkpoints first that were not measured yet.
+        tokens: held-out sequences on which every run's newest checkpoint is measured first, token by token.
 
     Raises:
         MegagammaError: none can be read, or the page cannot be written.
@@ -33,6 +38,11 @@ def write_report(paths: list[Path], output: Path, title: str, analyze: bool = Fa
 
                 analyze_run([str(path)])
             runs.append(read(path))
+            if tokens:
+                from megagamma.dynamics.token_losses import keep_newest
+
+                if not keep_newest(runs[-1].folder, tokens):
+                    runs[-1].notes.append("its losses by token were not measured: it has no checkpoint")
         except MegagammaError as error:
             if len(paths) == 1:
                 raise
@@ -47,6 +57,14 @@ def write_report(paths: list[Path], output: Path, title: str, analyze: bool = Fa
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
+def add_tokens_option(parser: argparse.ArgumentParser) -> None:
+    """`--tokens`, of `megagamma report` and `megagamma sweep report`."""
+    parser.add_argument(
+        "--tokens", type=int, default=0, metavar="SEQUENCES",
+        help="measure the loss of every token of so many held-out sequences under each newest checkpoint (default: those kept)",
+    )  # fmt: skip
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse, read, write."""
     parser = argparse.ArgumentParser(
@@ -56,8 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file (default: RUN/report.html, of several runs/report.html)")
     parser.add_argument("--title", help="default: the runs' names")
     parser.add_argument("--analyze", action="store_true", help="measure checkpoints that were not measured yet")
+    add_tokens_option(parser)
     given = parser.parse_args(arguments)
     default = given.runs[0] / "report.html" if len(given.runs) == 1 else Path("runs/report.html")
     title = given.title or ", ".join(path.resolve().name for path in given.runs[:4])
-    write_report(given.runs, given.output or default, title, given.analyze)
+    write_report(given.runs, given.output or default, title, given.analyze, given.tokens)
     return 0

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from megagamma.commands.report import add_tokens_option, write_report
 from megagamma.config.resolve import planned_dtype
 from megagamma.config.rules import data_parallel_size
 from megagamma.environment import visible_gpus
@@ -91,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
             slurm.add_arguments(action)
         if name == "evaluate":
             action.add_argument("options", nargs="*", metavar="-- OPTION", help="options of megagamma convert_and_eval")
+        if name == "report":
+            add_tokens_option(action)
         if name == "retry":
             action.add_argument("points", nargs="*", help="names of points (default: all that were given up)")
     return parser
@@ -464,12 +467,10 @@ def report(args: argparse.Namespace) -> int:
     """Write a page about the points that have steps."""
     sweep, folder, points = _load(args)
     states = _require_states(folder, points, sweep)
-    from megagamma.commands.report import write_report
-
     begun = [state.folder for state in states if (state.folder / "metrics.jsonl").is_file()]
     if not begun:
         raise ConfigurationError(f"{folder.path}: no point has steps yet: see megagamma sweep status {sweep.file}")
-    write_report(begun, folder.path / "report.html", f"Sweep {sweep.name}")
+    write_report(begun, folder.path / "report.html", f"Sweep {sweep.name}", tokens=args.tokens)
     return 0
 
 

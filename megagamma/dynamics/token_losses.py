@@ -13,6 +13,7 @@ import torch
 from megagamma.data.contracts import Batch
 from megagamma.errors import MegagammaError
 from megagamma.files import atomic_file
+from megagamma.runs.folder import RunFolder, folder_name
 
 SHORT = 4
 """Tokens of context in the short loss [INF: docs/claims.md]."""
@@ -115,3 +116,47 @@ def of_checkpoint(folder: Path, sequences: int, keep: Path | None) -> TokenLosse
         keep.parent.mkdir(parents=True, exist_ok=True)
         found.save(keep)
     return found
+
+
+def kept_file(run: RunFolder, step: int) -> Path:
+    """Where a run's losses of a step are kept."""
+    return run.path / "tokens" / f"{folder_name(step)}.npz"
+
+
+def keep_newest(run: RunFolder, sequences: int) -> bool:
+    """Measure a run's newest checkpoint, and keep it; False: there is none.
+
+    Raises:
+        MegagammaError: see `of_checkpoint`.
+    """
+    steps = run.steps()
+    if steps:
+        of_checkpoint(run.checkpoint(steps[-1]), sequences, kept_file(run, steps[-1]))
+    return bool(steps)
+
+
+def newest_kept(run: RunFolder) -> TokenLosses | None:
+    """The losses of the last step that were kept; None: none were.
+
+    Raises:
+        MegagammaError: their file cannot be read.
+    """
+    files = sorted((run.path / "tokens").glob("step_*.npz"))
+    return read(files[-1]) if files else None
+
+
+def pieces_of(run: RunFolder) -> list[str]:
+    """Text of every token of a run's tokenizer.
+
+    Raises:
+        MegagammaError: the run's folder lacks it.
+    """
+    import sentencepiece
+
+    file = run.tokenizer_file
+    if not file.is_file():
+        raise MegagammaError(
+            f"{file}: is missing, and kinds of tokens are told by their text: copy the tokenizer there"
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    return [processor.id_to_piece(index) for index in range(processor.get_piece_size())]

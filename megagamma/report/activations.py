@@ -12,6 +12,7 @@ from megagamma.report.runs import Arm, ReportRun, finite
 
 NUMBERS = {
     "residual_rms": "residual stream, rms",
+    "massive_activation": "largest activation over rms",
     "input_norm_attenuation": "left of the first norm's output by epsilon",
     "query_norm_attenuation": "left of the query norm's output",
     "attention_logit_max": "largest attention logit",

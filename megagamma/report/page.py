@@ -13,7 +13,7 @@ from typing import Any
 
 from megagamma import __version__
 from megagamma.planning.flops import parameter_counts
-from megagamma.report import activations, figures
+from megagamma.report import activations, figures, outcomes, spectra
 from megagamma.report.figures import Figure
 from megagamma.report.runs import Arm, ReportRun, arms, describe
 from megagamma.report.sentences import sentences
@@ -125,7 +125,9 @@ def sections(found: Sequence[Arm]) -> list[tuple[str, list[Figure]]]:
         ),
         figures.by_role(found, "stable_rank", "Stable rank", f"How many directions carry a matrix's energy. {random}"),
         figures.by_role(found, "effective_rank", "Effective rank", f"How many directions a matrix uses at all. {random}"),
+        spectra.spectra(found),
         figures.cosine_maps(found),
+        *spectra.embeddings(found),
     ]  # fmt: skip
     motion = [
         figures.by_role(
@@ -141,10 +143,14 @@ def sections(found: Sequence[Arm]) -> list[tuple[str, list[Figure]]]:
     all_of = [
         ("Loss", [*figures.losses(found), *several]),
         ("How weights condense and expand", [one for one in weights if one is not None]),
-        ("How weights move", [one for one in motion if one is not None]),
         (
             "What flows through the model",
             [one for one in (activations.over_training(found), activations.by_layer(found)) if one is not None],
+        ),
+        ("How weights move", [one for one in motion if one is not None]),
+        (
+            "What came out",
+            [one for one in (outcomes.token_gains(found), outcomes.scores(found)) if one is not None],
         ),
     ]
     return [(heading, drawn) for heading, drawn in all_of if drawn]

@@ -19,7 +19,9 @@ from support.ranks import RankPool
 from support.train import run_trainer
 
 from megagamma.commands.report import main
+from megagamma.dynamics.token_losses import read as read_losses
 from megagamma.errors import MegagammaError
+from megagamma.evaluation.scores import KEYS, ScoreFile
 from megagamma.report.page import page
 from megagamma.report.runs import arms, read
 from megagamma.report.sentences import sentences
@@ -45,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, one_rank: RankPool, data_c
                 data_cache,
             ]
             more = ["--run.steps", "8", "--validation.interval", "2", "--dynamics.log_spaced", "true"]
-            more += ["--dynamics.instruments", '["weights", "motion", "activations"]']
+            more += ["--dynamics.instruments", '["weights", "spectrum", "motion", "embeddings", "activations"]']
             saved = ["--checkpoint.log_spaced", "true", "--checkpoint.save_initial", "true"]
             assert one_rank.run(run_trainer, [*SHAPE, *given, *more, *saved]) == [0]
     return found
@@ -61,7 +63,7 @@ def test_what_it_says(folders: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "report.html"
     assert main([*map(str, folders), "--output", str(output)]) == 0
     text = output.read_text()
-    assert len(text) < 6e6
+    assert len(text) < 6e6 and "Gains on" not in text
     assert "http" not in re.sub(r"<script>.*?</script>", "", text, flags=re.S), "nothing is fetched"
     found, options = arms([read(folder) for folder in folders])
     assert options == ["init.gamma"] and [arm.label for arm in found] == ["gamma 0.5", "gamma 1"]
@@ -81,6 +83,8 @@ def test_what_it_says(folders: list[Path], tmp_path: Path) -> None:
         "Stable rank",
         "Gradient norm",
         "Activations over training",
+        "Singular values at the last measurement",
+        "Do embeddings follow what comes next?",
     ):
         assert title in titles
 
@@ -96,6 +100,65 @@ def test_the_data_beside_a_figure_is_what_it_draws(folders: list[Path]) -> None:
     assert [float(row["loss"]) for row in rows] == drawn
     last = [json.loads(line)["loss"] for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
     assert drawn[:8] == pytest.approx(last, rel=1e-5)
+
+
+def data_of(text: str, title: str) -> list[dict[str, str]]:
+    """The rows of a figure's CSV."""
+    match = re.search(rf"<h3>{title}</h3>.*?base64,([^']+)'", text, re.S)
+    assert match is not None, title
+    return list(csv.DictReader(io.StringIO(base64.b64decode(match[1]).decode())))
+
+
+def test_spectra_are_over_their_mean_square(folders: list[Path]) -> None:
+    runs = [read(folder) for folder in folders]
+    rows = data_of(page(runs, "x"), "Singular values at the last measurement")
+    for arm, of in (("gamma 0.5", runs[:2]), ("gamma 1", runs[2:])):
+        drawn = [float(row["singular value"]) for row in rows if (row["role"], row["arm"]) == ("query", arm)]
+        assert drawn == sorted(drawn, reverse=True)
+        # The largest over the root mean square of all n is sqrt(n / stable rank).
+        matrices = [one for run in of for one in run.dynamics[-1]["matrices"].values() if one["role"] == "query"]
+        largest = [(min(one["shape"]) / one["stable_rank"]) ** 0.5 for one in matrices]
+        assert drawn[0] == pytest.approx(sum(largest) / len(largest), rel=1e-4)
+    assert any(row["arm"] == "a random matrix" for row in rows)
+
+
+def test_gains_by_tokens_and_scores(folders: list[Path], tmp_path: Path) -> None:
+    copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+    output = tmp_path / "report.html"
+    assert main([*map(str, copies), "--output", str(output), "--tokens", "6"]) == 0
+    rows = data_of(output.read_text(), "Gains on gamma 0.5 by kinds of tokens")
+    (every,) = (row for row in rows if row["split"] == "all")
+    assert every["arm"] == "gamma 1" and every["seeds"] == "2"
+    losses = [read_losses(next((copy / "tokens").iterdir())).full.mean() for copy in copies]
+    expected = [float(losses[0] - losses[2]), float(losses[1] - losses[3])]
+    assert float(every["gain"]) == pytest.approx(sum(expected) / 2, abs=1e-5)
+    low, high = float(every["low"]), float(every["high"])
+    assert high - low == pytest.approx(12.706 * abs(expected[0] - expected[1]), rel=1e-3), "Student's t over two seeds"
+    # One seed each: over sequences, and no finding. A file that cannot be read is a note.
+    one_each = page([read(copies[0]), read(copies[2])], "x")
+    assert "one seed: not a finding" in one_each
+    next((copies[2] / "tokens").iterdir()).write_bytes(b"nothing")
+    assert "its losses by token are left out" in page([read(copies[0]), read(copies[2])], "x")
+
+
+def test_scores(folders: list[Path], tmp_path: Path) -> None:
+    copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders[:3]]
+    for copy, value in zip(copies, (0.25, 0.35, 0.5), strict=True):
+        metrics = [
+            {"metric": "acc", "filter": "none", "value": value, "stderr": 0.1, "smooth": False},
+            {"metric": "choice_prob_norm", "filter": "none", "value": value / 2, "stderr": 0.01, "smooth": True},
+        ]
+        header = dict.fromkeys(KEYS, 0) | {"task": "arc_easy", "kind": "task"}
+        ScoreFile(copy / "eval" / "step_00000008").add({**header, "metrics": metrics})
+    rows = data_of(page([read(copy) for copy in copies], "x"), "Scores of benchmarks")
+    assert [(row["metric"], row["arm"], row["seeds"]) for row in rows] == [
+        (metric, arm, seeds)
+        for metric in ("acc", "choice_prob_norm")
+        for arm, seeds in (("gamma 0.5", "2"), ("gamma 1", "1"))
+    ]
+    first, second = rows[0], rows[1]
+    assert float(first["mean"]) == pytest.approx(0.3) and float(first["high"]) == pytest.approx(0.3 + 12.706 * 0.05)
+    assert float(second["low"]) == pytest.approx(0.5 - 1.96 * 0.1), "of one seed over questions"
 
 
 def test_names_are_text(folders: list[Path], tmp_path: Path) -> None:
@@ -151,7 +214,8 @@ def test_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
         (
             "</body>",
             "document.body.dataset.errors=seen.join('; ')||'none';document.body.dataset.seen=["
-            "document.querySelectorAll('.plot .main-svg').length,innerWidth,document.documentElement.scrollWidth].join(' ')",
+            "document.querySelectorAll('.plot .main-svg').length,innerWidth,document.documentElement.scrollWidth].join(' ');"
+            "parent.postMessage({...document.body.dataset},'*')",
         ),
     ):
         script = f"<script>{script}</script>"
@@ -173,13 +237,18 @@ def test_in_a_browser(folders: list[Path], tmp_path: Path) -> None:
         assert match is not None, found[width][-2000:]
         return match[1]
 
+    # Windows are at least 500 wide: a phone's width is that of a frame in one.
+    (tmp_path / "phone.html").write_text(
+        "<body><script>addEventListener('message',e=>Object.assign(document.body.dataset,e.data))</script>"
+        "<iframe src='probe.html' width='375' height='800' style='border:0'></iframe>"
+    )
     pages: dict[int, str] = {}
-    for width in (1280, 500):
-        probe = tmp_path / "probe.html"
+    for width in (1280, 375):
+        probe = tmp_path / ("probe.html" if width > 500 else "phone.html")
         assert value(probe, width, "errors", pages) == "none" and int(value(probe, width, "drawn", pages)) == expected
         plots, inner, scroll = map(int, value(probe, width, "seen", pages).split())
-        assert plots >= expected and scroll <= inner, "nothing is wider than the window"
-    visit(output, 500, f"--screenshot={tmp_path / 'narrow.png'}")
+        assert plots >= expected and scroll <= inner == width, "nothing is wider than the window"
+    visit(tmp_path / "phone.html", 500, f"--screenshot={tmp_path / 'narrow.png'}")
     assert (tmp_path / "narrow.png").stat().st_size > 20_000
     # Negative control: an error would be seen.
     broken = tmp_path / "broken.html"

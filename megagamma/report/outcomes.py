@@ -1,0 +1,137 @@
+"""Figures of what came out: gains by token, and scores of benchmarks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megagamma.dynamics.token_gains import gains
+from megagamma.dynamics.token_losses import TokenLosses, newest_kept, pieces_of
+from megagamma.errors import MegagammaError
+from megagamma.evaluation.scores import leading, read_scores
+from megagamma.report.figures import COLOURS, Figure, axis_of, grid
+from megagamma.report.runs import Arm, ReportRun, finite
+from megagamma.scaling.paired import interval
+
+Mean = tuple[float, float, float]
+"""Mean, low, high."""
+
+
+def _dots(arm: Arm, index: int, place: int, shown: dict[str, Mean], horizontal: bool, name: str) -> dict[str, Any]:
+    """One arm's means with their intervals in a small plot, by category."""
+    means = list(shown.values())
+    low, high = ([abs(one[0] - one[side]) if finite(one[side]) else 0.0 for one in means] for side in (1, 2))
+    values, kinds, axis = [one[0] for one in means], list(shown), "x" if horizontal else "y"
+    colour = COLOURS[index % len(COLOURS)]
+    return {
+        "type": "scatter", "mode": "markers", "name": name, "legendgroup": arm.label, "showlegend": place == 0,
+        "x": values if horizontal else kinds, "y": kinds if horizontal else values, "marker": {"color": colour, "size": 8},
+        f"error_{axis}": {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "color": colour, "width": 3},
+        "xaxis": f"x{axis_of(place)}", "yaxis": f"y{axis_of(place)}",
+    }  # fmt: skip
+
+
+def _kept(run: ReportRun) -> TokenLosses | None:
+    try:
+        return newest_kept(run.folder)
+    except MegagammaError as error:
+        run.notes.append(f"its losses by token are left out: {error}")
+        return None
+
+
+def token_gains(arms: Sequence[Arm]) -> Figure | None:
+    """What every arm gains on the first, by kinds of tokens, with intervals over seeds, or of one seed over sequences."""
+    if len(arms) < 2:
+        return None
+    base = {run.seed: (run, losses) for run in arms[0].runs if (losses := _kept(run)) is not None}
+    found: list[tuple[int, int, dict[tuple[str, str], Mean]]] = []
+    for index, arm in enumerate(arms[1:], 1):
+        tables = []
+        for run in arm.runs:
+            if run.seed not in base or (losses := _kept(run)) is None:
+                continue
+            try:
+                tables.append(gains(base[run.seed][1], losses, pieces_of(base[run.seed][0].folder)))
+            except MegagammaError as error:
+                run.notes.append(f"its tokens are not compared with {arms[0].label}: {error}")
+        if len(tables) == 1:
+            found.append((index, 1, {(row.split, row.kind): (row.gain, row.low, row.high) for row in tables[0]}))
+        elif tables:
+            of = [{(row.split, row.kind): row.gain for row in table} for table in tables]
+            shared = [key for key in of[0] if all(key in one for one in of)]
+            found.append((index, len(tables), {key: interval([one[key] for one in of]) for key in shared}))
+    if not found:
+        return None
+    splits = list(dict.fromkeys(split for _, _, table in found for split, _ in table))
+    layout = grid(splits, "nats gained", log_x=False)
+    layout["height"] = 330 * -(-len(splits) // 3)
+    traces, rows = [], []
+    for place, split in enumerate(splits):
+        layout[f"yaxis{axis_of(place)}"] = {"type": "category", "autorange": "reversed", "tickfont": {"size": 10}}
+        for index, seeds, table in found:
+            over = f"{seeds} seeds" if seeds > 1 else "one seed: not a finding"
+            shown = {kind: mean for (at, kind), mean in table.items() if at == split}
+            traces.append(_dots(arms[index], index, place, shown, True, f"{arms[index].label} ({over})"))
+            rows += [(split, kind, arms[index].label, seeds, *mean) for kind, mean in shown.items()]
+    return Figure(
+        f"Gains on {arms[0].label} by kinds of tokens",
+        "Right of zero the arm predicts these held-out tokens better, in nats per token. Intervals of 95 % are over seeds; "
+        "with one seed they are over sequences, and it is not a finding. Kinds are told by the text and by the first arm's own "
+        "losses: a split by them favours the other where they are high.",
+        traces,
+        layout,
+        ("split", "kind", "arm", "seeds", "gain", "low", "high"),
+        rows,
+    )
+
+
+def _scored(run: ReportRun) -> dict[tuple[str, str], tuple[float, float]]:
+    """(value, standard error over questions) by task and metric, of the newest step that was scored."""
+    for path in sorted(Path(run.folder.path, "eval").glob("step_*/scores.json"), reverse=True):
+        found = {}
+        try:
+            records = read_scores(path)
+        except MegagammaError as error:
+            run.notes.append(f"its scores are left out: {error}")
+            return {}
+        for record in records:
+            for continuous in (False, True):
+                entry = leading(record, continuous)
+                if entry is not None and finite(entry["value"]):
+                    error_of = entry["stderr"] if finite(entry.get("stderr")) else math.nan
+                    found[str(record["task"]), str(entry["metric"])] = (entry["value"], error_of)
+        if found:
+            return found
+    return {}
+
+
+def scores(arms: Sequence[Arm]) -> Figure | None:
+    """Scores of benchmarks, a small plot for each task and metric."""
+    of_arms = [[one for run in arm.runs if (one := _scored(run))] for arm in arms]
+    tasks = list(dict.fromkeys(key for runs in of_arms for one in runs for key in one))
+    if not tasks:
+        return None
+    layout = grid([f"{task}: {metric}" for task, metric in tasks], "", log_x=False)
+    traces, rows = [], []
+    for place, key in enumerate(tasks):
+        layout[f"xaxis{axis_of(place)}"] = {"showticklabels": False, "type": "category"}
+        for index, (arm, runs) in enumerate(zip(arms, of_arms, strict=True)):
+            values = [one[key] for one in runs if key in one]
+            if not values:
+                continue
+            mean, low, high = interval([value for value, _ in values])
+            if len(values) == 1:
+                low, high = mean - 1.96 * values[0][1], mean + 1.96 * values[0][1]
+            traces.append(_dots(arm, index, place, {arm.label: (mean, low, high)}, False, arm.label))
+            rows.append((*key, arm.label, len(values), mean, low, high))
+    return Figure(
+        "Scores of benchmarks",
+        "At the newest checkpoint that was scored. Intervals of 95 % are over seeds; with one seed they are over a task's "
+        "questions. choice_prob_norm: higher is better; answer_nats_per_byte: lower is better.",
+        traces,
+        layout,
+        ("task", "metric", "arm", "seeds", "mean", "low", "high"),
+        rows,
+    )
