@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from megagamma.config.schema import Config
 from megagamma.data.sources import RunData, open_data
 from megagamma.distributed.runtime import Runtime
+from megagamma.dynamics.alarm import UpdateAlarm
 from megagamma.dynamics.callback import Dynamics
 from megagamma.environment import World
 from megagamma.evaluation.callback import BenchmarkScoring, check_harness
@@ -50,6 +51,7 @@ def train(
     session = prepare(config, world, open_data)
     with session:
         callbacks = standard_callbacks(
-            config, [BenchmarkScoring(config.validation), Dynamics(config.dynamics), *measuring]
+            config,
+            [BenchmarkScoring(config.validation), Dynamics(config.dynamics), UpdateAlarm(config.dynamics), *measuring],
         )
         return Trainer(session, callbacks).run()

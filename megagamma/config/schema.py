@@ -327,6 +327,11 @@ class DynamicsConfig:
     """weights: condensation, ranks, norms, distances from the start; spectrum: singular values, and ranks of large matrices
     too; heads: norm and stable rank of each; motion: gradients, updates, moments; embeddings: geometry of the 200 most frequent
     tokens of held-out text; activations: the residual stream, norms, attention and gates on eight held-out samples."""
+    alarm_interval: int = option(10, minimum=0)
+    """Steps between looks at the size of Adam's updates over the learning rate. One far above the recent ones is reported
+    (event update_alarm) before the loss shows it. 0: never."""
+    alarm_sigma: float = option(6.0, above=0)
+    """Standard deviations above the mean of the last 64 looks that are too far."""
 
 
 @dataclass

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megagamma.distributed.compat import deepspeed as compat
+from megagamma.distributed.norm import sum_of_squares
 from megagamma.distributed.runtime import Runtime
 from megagamma.model.parameters import MappedTensor, ParameterMap
+
+_AT_ONCE = 1 << 20  # numbers of which an update is worked out at a time: they stay in a cache
 
 
 def partition_writer(runtime: Runtime) -> Callable[[MappedTensor, Tensor], None]:
@@ -121,6 +125,29 @@ class OptimizerState:
             else:
                 safe_set_local_fp32_param(parameter, shard)
                 write_partition(tensor, value, self.runtime.data_rank)
+
+    @torch.no_grad()
+    def direction_rms(self) -> float:
+        """Root mean square of what AdamW moves weights by over the learning rate; a collective of all ranks.
+
+        It is m / (1 - b1^t) over sqrt(v / (1 - b2^t)) + eps, between 0 and about 1, whatever was drawn. Gains that
+        tensor-parallel ranks share count once a rank.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        group = self.adam.param_groups[0]
+        (beta1, beta2), eps, step = group["betas"], group["eps"], self.step
+        if step == 0:
+            return 0.0
+        for flat in self.flat_parameters():
+            state = self.adam.state[flat]
+            for first, second in zip(
+                state["exp_avg"].view(-1).split(_AT_ONCE), state["exp_avg_sq"].view(-1).split(_AT_ONCE), strict=True
+            ):
+                root = (second / (1.0 - beta2**step)).sqrt_().add_(eps)
+                total[0] += sum_of_squares([first / root], first.device).to(total.device) / (1.0 - beta1**step) ** 2
+                total[1] += first.numel()
+        dist.all_reduce(total)
+        return float((total[0] / total[1]).sqrt())
 
     @property
     def step(self) -> int:
