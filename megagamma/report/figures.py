@@ -13,7 +13,11 @@ from megagamma.scaling.paired import interval
 
 # Okabe and Ito's colours, which colour-blind people can tell apart: jfly.uni-koeln.de/color.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#999999")
+_NEURONS = 48  # of a cosine map: more would make a page of many runs too large
 DASHES = ("solid", "dash", "dot", "dashdot")
+
+Mean = tuple[float, float, float]
+"""Mean, low, high."""
 
 
 @dataclass
@@ -221,6 +225,20 @@ def small(x: Sequence[Any], y: Sequence[Any], arm: Arm, index: int, place: int) 
     return {**_line(x, y, arm.label, index, showlegend=place == 0, **at), "mode": "lines+markers"}
 
 
+def dots(arm: Arm, index: int, place: int, shown: dict[str, Mean], horizontal: bool, name: str) -> dict[str, Any]:
+    """One arm's means with their intervals in a small plot, by category."""
+    means = list(shown.values())
+    low, high = ([abs(one[0] - one[side]) if finite(one[side]) else 0.0 for one in means] for side in (1, 2))
+    values, kinds, axis = [one[0] for one in means], list(shown), "x" if horizontal else "y"
+    colour = COLOURS[index % len(COLOURS)]
+    return {
+        "type": "scatter", "mode": "markers", "name": name, "legendgroup": arm.label, "showlegend": place == 0,
+        "x": values if horizontal else kinds, "y": kinds if horizontal else values, "marker": {"color": colour, "size": 8},
+        f"error_{axis}": {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "color": colour, "width": 3},
+        "xaxis": f"x{axis_of(place)}", "yaxis": f"y{axis_of(place)}",
+    }  # fmt: skip
+
+
 def by_role(arms: Sequence[Arm], key: str, title: str, reading: str, log_y: bool = False) -> Figure | None:
     """A number of dynamics.jsonl over steps: a small plot for each role, with the random matrix's and the turning point."""
     roles = [role for role in roles_of(arms) if any(mean_over_seeds(arm, role, key)[0] for arm in arms)]
@@ -273,7 +291,7 @@ def cosine_maps(arms: Sequence[Arm], role: str = "query") -> Figure | None:
         for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])) if steps else ():
             for parameter, state in of_checkpoint(folder.checkpoint(step)).states():
                 if parameter.role == role:
-                    found.append((arm.label, step, ordered_cosines(state["weight"], 64)))
+                    found.append((arm.label, step, ordered_cosines(state["weight"], _NEURONS)))
                     break
     if not found:
         return None
@@ -286,7 +304,7 @@ def cosine_maps(arms: Sequence[Arm], role: str = "query") -> Figure | None:
     traces, rows = [], []
     for place, (label, step, cosine) in enumerate(found):
         axis = "" if place == 0 else str(place + 1)
-        values = [[round(float(one), 3) for one in row] for row in cosine]
+        values = [[round(float(one), 2) for one in row] for row in cosine]
         traces.append(
             {
                 "type": "heatmap", "z": values, "zmin": -1, "zmax": 1, "colorscale": "RdBu", "reversescale": True,
@@ -306,7 +324,7 @@ def cosine_maps(arms: Sequence[Arm], role: str = "query") -> Figure | None:
     return Figure(
         f"Cosines between neurons of the first layer's {role} matrix",
         "Each pixel is the cosine of two neurons' input weights, neurons in the order of the leading eigenvector: blocks and "
-        "stripes are neurons that have condensed onto one direction. At most 64 neurons are shown.",
+        f"stripes are neurons that have condensed onto one direction. At most {_NEURONS} neurons are shown.",
         traces,
         layout,
         ("arm", "step", "neuron", "other neuron", "cosine"),

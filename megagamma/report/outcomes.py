@@ -5,32 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megagamma.dynamics.token_gains import gains
 from megagamma.dynamics.token_losses import TokenLosses, newest_kept, pieces_of
 from megagamma.errors import MegagammaError
 from megagamma.evaluation.scores import leading, read_scores
-from megagamma.report.figures import COLOURS, Figure, axis_of, grid
+from megagamma.report.figures import Figure, Mean, axis_of, dots, grid
 from megagamma.report.runs import Arm, ReportRun, finite
 from megagamma.scaling.paired import interval
-
-Mean = tuple[float, float, float]
-"""Mean, low, high."""
-
-
-def _dots(arm: Arm, index: int, place: int, shown: dict[str, Mean], horizontal: bool, name: str) -> dict[str, Any]:
-    """One arm's means with their intervals in a small plot, by category."""
-    means = list(shown.values())
-    low, high = ([abs(one[0] - one[side]) if finite(one[side]) else 0.0 for one in means] for side in (1, 2))
-    values, kinds, axis = [one[0] for one in means], list(shown), "x" if horizontal else "y"
-    colour = COLOURS[index % len(COLOURS)]
-    return {
-        "type": "scatter", "mode": "markers", "name": name, "legendgroup": arm.label, "showlegend": place == 0,
-        "x": values if horizontal else kinds, "y": kinds if horizontal else values, "marker": {"color": colour, "size": 8},
-        f"error_{axis}": {"type": "data", "symmetric": False, "array": high, "arrayminus": low, "color": colour, "width": 3},
-        "xaxis": f"x{axis_of(place)}", "yaxis": f"y{axis_of(place)}",
-    }  # fmt: skip
 
 
 def _kept(run: ReportRun) -> TokenLosses | None:
@@ -73,7 +55,7 @@ def token_gains(arms: Sequence[Arm]) -> Figure | None:
         for index, seeds, table in found:
             over = f"{seeds} seeds" if seeds > 1 else "one seed: not a finding"
             shown = {kind: mean for (at, kind), mean in table.items() if at == split}
-            traces.append(_dots(arms[index], index, place, shown, True, f"{arms[index].label} ({over})"))
+            traces.append(dots(arms[index], index, place, shown, True, f"{arms[index].label} ({over})"))
             rows += [(split, kind, arms[index].label, seeds, *mean) for kind, mean in shown.items()]
     return Figure(
         f"Gains on {arms[0].label} by kinds of tokens",
@@ -124,7 +106,7 @@ def scores(arms: Sequence[Arm]) -> Figure | None:
             mean, low, high = interval([value for value, _ in values])
             if len(values) == 1:
                 low, high = mean - 1.96 * values[0][1], mean + 1.96 * values[0][1]
-            traces.append(_dots(arm, index, place, {arm.label: (mean, low, high)}, False, arm.label))
+            traces.append(dots(arm, index, place, {arm.label: (mean, low, high)}, False, arm.label))
             rows.append((*key, arm.label, len(values), mean, low, high))
     return Figure(
         "Scores of benchmarks",

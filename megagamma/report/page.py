@@ -125,6 +125,7 @@ def sections(found: Sequence[Arm]) -> list[tuple[str, list[Figure]]]:
         ),
         figures.by_role(found, "stable_rank", "Stable rank", f"How many directions carry a matrix's energy. {random}"),
         figures.by_role(found, "effective_rank", "Effective rank", f"How many directions a matrix uses at all. {random}"),
+        spectra.peaks(found),
         spectra.spectra(found),
         figures.cosine_maps(found),
         *spectra.embeddings(found),

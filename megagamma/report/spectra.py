@@ -1,4 +1,4 @@
-"""Figures of spectra, and of the embeddings' geometry."""
+"""Figures of spectra, of how far weights condensed, and of the embeddings' geometry."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megagamma.dynamics.matrices import spectrum_ranks
-from megagamma.report.figures import Figure, axis_of, by_role, grid, roles_of, small
-from megagamma.report.runs import Arm, ReportRun
+from megagamma.report.figures import Figure, Mean, axis_of, baseline_of, by_role, dots, grid, roles_of, small
+from megagamma.report.runs import Arm, ReportRun, finite
+from megagamma.scaling.paired import interval
 
 Curve = dict[int, float]
 """A singular value over the root mean square of all of them, by rank."""
@@ -78,6 +79,54 @@ def spectra(arms: Sequence[Arm]) -> Figure | None:
         ("role", "arm", "rank", "singular value"),
         rows,
     )
+
+
+def peaks(arms: Sequence[Arm]) -> Figure | None:
+    """Each role's largest condensation over a random matrix's, with its interval over seeds, and where it ended."""
+    traces: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
+    for index, arm in enumerate(arms):
+        shown: dict[str, Mean] = {}
+        for role in roles_of([arm]):
+            random = baseline_of(arm, role, "condensation")
+            curves = [_condensation(run, role) for run in arm.runs]
+            curves = [curve for curve in curves if len(curve) > 1]
+            if not random or not curves:
+                continue
+            tops = [max(curve, key=curve.__getitem__) for curve in curves]
+            shown[role] = interval([curve[top] / random for curve, top in zip(curves, tops, strict=True)])
+            ends = interval([curve[max(curve)] / random for curve in curves])
+            rows.append((role, arm.label, len(curves), *shown[role], *ends, min(tops), max(tops)))
+        if shown:
+            traces.append(dots(arm, index, 0, shown, False, arm.label))
+    if not rows:
+        return None
+    return Figure(
+        "How far each role condensed",
+        "The largest mean |cosine| on the way over that of a random matrix, 1 where there is none; intervals of 95 % are "
+        "over seeds. The data also say where it ended, and at which step it was largest in the first and in the last seed.",
+        traces,
+        {"yaxis": {"title": {"text": "over a random matrix"}, "type": "log"}, "xaxis": {"type": "category"}},
+        (
+            "role",
+            "arm",
+            "seeds",
+            "peak",
+            "low",
+            "high",
+            "end",
+            "end low",
+            "end high",
+            "first peak step",
+            "last peak step",
+        ),
+        rows,
+    )
+
+
+def _condensation(run: ReportRun, role: str) -> dict[int, float]:
+    found = {line["step"]: line["roles"].get(role, {}).get("condensation") for line in run.dynamics}
+    return {step: value for step, value in found.items() if finite(value)}
 
 
 def embeddings(arms: Sequence[Arm]) -> list[Figure]:
