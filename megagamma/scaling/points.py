@@ -42,7 +42,7 @@ _IRRELEVANT = {
     "logging": ("console_interval", "wandb", "wandb_project", "wandb_group"),
 }
 # Options that came later: at their default a point is what it was before.
-_ADDED = {("run", "compile"): "auto"}
+_ADDED: dict[tuple[str, str], Any] = {("run", "compile"): "auto", ("data", "toy"): "", ("data", "toy_options"): {}}
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,10 @@ def vocabulary_of(config: Config) -> int | None:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
     data = config.data
+    if data.toy:
+        from megagamma.toys.sources import toy_of  # brings in torch
+
+        return toy_of(data).vocab_size
     folders = list(data.paths)
     if data.corpus:
         settings = _embedded(config)
@@ -146,7 +150,8 @@ def data_places(config: Config) -> str:
     """Where the data of a config lies: points of one place have one `data_identity`."""
     data, tokenizer = config.data, config.tokenizer.vocab_size
     validation = sorted(config.validation.paths.items())
-    return json.dumps([data.paths, data.corpus, data.cache, tokenizer, validation, config.run.branch_from])
+    toy = [data.toy, data.toy_options]
+    return json.dumps([data.paths, data.corpus, data.cache, tokenizer, validation, config.run.branch_from, toy])
 
 
 def data_identity(config: Config) -> list[Any]:
@@ -156,10 +161,16 @@ def data_identity(config: Config) -> list[Any]:
         DataError: it is not prepared.
         CheckpointError: the checkpoint that run.branch_from names is not there.
     """
+    identity: list[Any] = []
+    if config.data.toy:
+        from megagamma.toys.sources import fingerprint  # brings in torch
+
+        identity.append(["toy", fingerprint(config.data)])
     folders = [embedded_folder(config)] if config.data.corpus else list(config.data.paths)
     entries = [["train", *folders], *([name, path] for name, path in sorted(config.validation.paths.items()))]
-    identity: list[Any] = []
     for name, *paths in entries:
+        if not paths:
+            continue
         manifests = [read_manifest(path) for path in paths]
         files = [{key: entry["sha256"] for key, entry in sorted(m["files"].items())} for m in manifests]
         identity.append([name, files, [m["tokenizer"]["fingerprint"] for m in manifests]])
