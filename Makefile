@@ -6,7 +6,7 @@ STAMP := $(VENV)/.built
 # One worker per core, four at most: each may start seven ranks, of half a gigabyte each. WORKERS='-n 0': one after the other.
 WORKERS ?= -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: env demo test test-fast test-slurm test-all lint typecheck format clean
+.PHONY: env demo demo-long test test-fast test-slurm test-all lint typecheck format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -18,6 +18,11 @@ env: $(STAMP)
 
 demo: env
 	$(BIN)/python tools/demo.py
+
+# The demo's question on text with seeds and tuned learning rates: hours on two cores. Stopped, it resumes.
+demo-long: env
+	$(BIN)/python tools/sweep.py run configs/sweeps/learning_rate.yaml
+	$(BIN)/python tools/sweep.py report configs/sweeps/learning_rate.yaml --tokens 64
 
 # Every claim once.
 test: env

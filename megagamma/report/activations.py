@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megagamma.report.figures import Figure, grid, small
+from megagamma.report.figures import Figure, grid, mean_by_key, small
 from megagamma.report.runs import Arm, ReportRun, finite
 
 NUMBERS = {
@@ -39,12 +38,6 @@ def _means(run: ReportRun, name: str) -> dict[int, float]:
     return found
 
 
-def _over_seeds(curves: Sequence[dict[int, float]]) -> tuple[list[int], list[float]]:
-    """Keys that all curves have, and their means."""
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return shared, [statistics.fmean(curve[key] for curve in curves) for key in shared]
-
-
 def _profile(run: ReportRun, name: str) -> dict[int, float]:
     """By layer, at the last measurement."""
     lines = _lines(run)
@@ -63,10 +56,10 @@ def _figure(
     traces, rows = [], []
     for place, name in enumerate(names):
         for index, arm in enumerate(arms):
-            keys, values = _over_seeds([curve for run in arm.runs if (curve := curve_of(run, name))])
-            if keys:
-                traces.append(small([key + by_step for key in keys], values, arm, index, place))
-                rows += [(name, arm.label, key, value) for key, value in zip(keys, values, strict=True)]
+            mean = mean_by_key([curve for run in arm.runs if (curve := curve_of(run, name))])
+            if mean:
+                traces.append(small([key + by_step for key in mean], list(mean.values()), arm, index, place))
+                rows += [(name, arm.label, key, value) for key, value in mean.items()]
     layout = grid([NUMBERS[name] for name in names], "step + 1" if by_step else over, log_x=by_step)
     return Figure(title, reading, traces, layout, ("number", "arm", over, "value"), rows)
 

@@ -149,6 +149,12 @@ def _by_step(run: ReportRun, key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in run.metrics if finite(line.get(key))}
 
 
+def mean_by_key(curves: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Means over curves, by ascending step, layer or rank, where all of them have one."""
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    return {key: statistics.fmean(curve[key] for curve in curves) for key in shared}
+
+
 def mean_over_seeds(arm: Arm, role: str, key: str) -> tuple[list[int], list[float]]:
     values: dict[int, list[float]] = {}
     for run in arm.runs:

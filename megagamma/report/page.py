@@ -13,7 +13,7 @@ from typing import Any
 
 from megagamma import __version__
 from megagamma.planning.flops import parameter_counts
-from megagamma.report import activations, figures, outcomes, spectra
+from megagamma.report import activations, answers, figures, outcomes, spectra
 from megagamma.report.figures import Figure
 from megagamma.report.runs import Arm, ReportRun, arms, describe
 from megagamma.report.sentences import sentences
@@ -141,7 +141,9 @@ def sections(found: Sequence[Arm]) -> list[tuple[str, list[Figure]]]:
         ),
         figures.by_role(found, "gradient_norm", "Gradient norm", "Of a role's matrices together, before clipping.", log_y=True),
     ]  # fmt: skip
+    said = answers.answers(found)
     all_of = [
+        ("Answers", [said] if said is not None else []),
         ("Loss", [*figures.losses(found), *several]),
         ("How weights condense and expand", [one for one in weights if one is not None]),
         (

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megagamma.dynamics.analysis import turning_point
+from megagamma.report.answers import shares_of
 from megagamma.report.figures import baseline_of, mean_over_seeds, roles_of
 from megagamma.report.runs import Arm
 from megagamma.scaling.paired import interval
@@ -81,6 +82,25 @@ def condensation(arms: Sequence[Arm]) -> str:
     )
 
 
+def final_answers(arms: Sequence[Arm]) -> str:
+    """What runs on a toy answer at their end, on what was held out where the toy holds something out."""
+    sets = arms[0].runs[0].validations()
+    name = "held_out" if "held_out" in sets else sets[0]
+    parts = []
+    for arm in arms:
+        keys = [key for key in shares_of(arm.runs[0]) if key.startswith(f"val/{name}/")]
+        texts = []
+        for key in keys:
+            mean, low, high = interval([value for run in arm.runs if (value := run.last(key)) is not None])
+            spread = f" ({max(low, 0):.0%} to {min(high, 1):.0%})" if len(arm.runs) > 1 else ""
+            texts.append(f"{mean:.0%}{spread} {key.split('/')[-1]}")
+        parts.append(f"{arm.label}: {', '.join(texts)}")
+    seeds = len(arms[0].seeds)
+    over = f"95 % intervals over {seeds} seeds" if seeds > 1 else "one seed: not a finding"
+    return f"Answers to {name.replace('_', ' ')} questions at the end: {'; '.join(parts)} ({over})."
+
+
 def sentences(arms: Sequence[Arm]) -> list[str]:
     """The three that a report opens with."""
-    return [what_was_trained(arms), final_losses(arms), condensation(arms)]
+    is_toy = all(run.config.data.toy and run.validations() for arm in arms for run in arm.runs)
+    return [what_was_trained(arms), final_answers(arms) if is_toy else final_losses(arms), condensation(arms)]

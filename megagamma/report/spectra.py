@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from megagamma.dynamics.matrices import spectrum_ranks
-from megagamma.report.figures import Figure, Mean, axis_of, baseline_of, by_role, dots, grid, roles_of, small
+from megagamma.report.figures import (
+    Figure,
+    Mean,
+    axis_of,
+    baseline_of,
+    by_role,
+    dots,
+    grid,
+    mean_by_key,
+    roles_of,
+    small,
+)
 from megagamma.report.runs import Arm, ReportRun, finite
 from megagamma.scaling.paired import interval
 
@@ -20,11 +30,6 @@ def _curve(values: Sequence[float], shape: Sequence[int], norm: float) -> Curve:
     count = min(shape)
     scale = norm / math.sqrt(count)
     return dict(zip(spectrum_ranks(count), [value / scale for value in values], strict=True)) if scale > 0 else {}
-
-
-def _mean(curves: Sequence[Curve]) -> Curve:
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return {rank: statistics.fmean(curve[rank] for curve in curves) for rank in shared}
 
 
 def _of_run(run: ReportRun, role: str) -> tuple[Curve, Curve]:
@@ -41,7 +46,7 @@ def _of_run(run: ReportRun, role: str) -> tuple[Curve, Curve]:
                     random.append(_curve(baseline["singular_values"], shape, math.sqrt(shape[0] * shape[1])))
         if own:
             break
-    return _mean(own), _mean(random)
+    return mean_by_key(own), mean_by_key(random)
 
 
 def spectra(arms: Sequence[Arm]) -> Figure | None:
@@ -55,8 +60,8 @@ def spectra(arms: Sequence[Arm]) -> Figure | None:
     for place, role in enumerate(roles):
         random: Curve = {}
         for index, (arm, curves) in enumerate(zip(arms, found[role], strict=True)):
-            mean = _mean([own for own, _ in curves if own])
-            random = random or _mean([one for _, one in curves if one])
+            mean = mean_by_key([own for own, _ in curves if own])
+            random = random or mean_by_key([one for _, one in curves if one])
             shown = {rank: value for rank, value in mean.items() if value > 0}
             traces.append({**small(list(shown), list(shown.values()), arm, index, place), "mode": "lines"})
             rows += [(role, arm.label, rank, value) for rank, value in mean.items()]
