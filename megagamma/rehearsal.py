@@ -164,7 +164,7 @@ def start(
     parameter_map.mark_tensor_parallel()
     elements = {id(one.parameter): _product(one.shape) for one in parameter_map}
     weights = [one.parameter for one in parameter_map]
-    groups = parameter_groups(parameter_map, config.optimizer)
+    groups = parameter_groups(parameter_map, config)
     counts = [[elements[id(parameter)] for parameter in group["params"]] for group in groups]
     try:
         engine = Engine(config, runtime, chunks, parameter_map, groups)

@@ -34,8 +34,9 @@ def bounded_values(config: Config) -> Iterator[tuple[str, float, Bounds]]:
                 continue
             name = f"{section.name}.{item.name}"
             if isinstance(value, dict):
-                # The exponents of roles, which go by their short names, such as init.query.
-                yield from ((f"{section.name}.{key}", element, bounds) for key, element in value.items())
+                # The exponents of roles go by their short names, such as init.query.
+                prefix = section.name if item.name == "exponents" else name
+                yield from ((f"{prefix}.{key}", element, bounds) for key, element in value.items())
             elif isinstance(value, list | tuple):
                 yield from ((f"{name}[{index}]", element, bounds) for index, element in enumerate(value))
             else:
@@ -88,6 +89,11 @@ def _check_exponents(config: Config) -> None:
 
 
 def _check_learning_rates(config: Config) -> None:
+    if config.init.scheme == "mup" and config.model.tie_embeddings:
+        raise ConfigurationError(
+            "init.scheme=mup with model.tie_embeddings=true: its embedding and head have other scales and learning rates: "
+            "untie them"
+        )
     for role, factor in config.optimizer.lr_factors.items():
         if role not in (*ROLES, "norm"):
             raise ConfigurationError(f"optimizer.lr_factors: {role!r} is not a role: use {', '.join(ROLES)} or norm")

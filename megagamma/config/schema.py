@@ -123,6 +123,7 @@ class InitConfig:
         "inverse_sqrt",
         "megatron",
         "neox_small",
+        "mup",
     ] = "gamma"
     """How the std of a matrix follows from its role and d_in: gamma is the method, the others are baselines. Formulas
     and sources: docs/initialization.md; their values for a model: inspect_init --compare."""
@@ -134,6 +135,9 @@ class InitConfig:
     mlp_down, head. For embedding and head d_in is hidden_size [PRE]."""
     std: float = option(0.02, above=0)
     """Standard deviation of the schemes fixed and fixed_depth. [REF: Megatron's default]"""
+    mup_base_width: int = option(128, minimum=1)
+    """Hidden size at which scheme mup is inverse_sqrt with one learning rate for all roles; from there std and learning rates
+    follow the width. [REF: arXiv 2203.03466, table 3]"""
     residual_fan_in: Literal["d_in", "hidden"] = "d_in"
     """d_in of the two matrices that write to the residual stream: their true fan-in (the paper group's text), or
     hidden_size (the group's code) [PRE]."""
@@ -160,7 +164,7 @@ class DataConfig:
     """In place of paths: an embedded text, prepared on first use in data.cache."""
     toy: Literal["", "composite_anchors", "anchor_kinds", "permutations", "condensation"] = ""
     """In place of paths: a small task whose answer is known, see docs/toys.md and configs/toys/."""
-    toy_options: dict[str, float] = field(default_factory=dict)
+    toy_options: dict[str, float] = option({}, minimum=0, limit=10**12)
     """Options of the task, such as {samples: 100000}."""
     cache: str = "data"
     """Folder for embedded texts that are prepared on first use."""

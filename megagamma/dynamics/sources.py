@@ -109,7 +109,7 @@ def last_update(config: Config, step: int, adam_step: int) -> LastUpdate | None:
     roles = {one.role for one in logical_parameters(config.model)}
     return LastUpdate(
         adam_step,
-        {role: rate * factor_of_role(role, optimizer) for role in roles},
+        {role: rate * factor_of_role(role, config) for role in roles},
         {role: optimizer.weight_decay if role_decays(role, optimizer) else 0.0 for role in roles},
         (optimizer.betas[0], optimizer.betas[1]),
         optimizer.eps,

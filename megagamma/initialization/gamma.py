@@ -78,6 +78,25 @@ def _neox_small(_init: InitConfig, role: str, _d_in: int, shape: ModelShape) -> 
     return math.sqrt(2.0 / (5.0 * shape.hidden_size))
 
 
+def _mup(init: InitConfig, role: str, d_in: int, shape: ModelShape) -> float:
+    """Of arXiv 2203.03466, table 3: variance 1 / fan-in in hidden matrices, 1 / fan-in^2 in the head, else constant."""
+    base = float(init.mup_base_width)
+    if role == "embedding":
+        return base**-0.5
+    if role == "head":
+        return _power(init, role, d_in, shape, 0.5) * math.sqrt(base / shape.hidden_size)
+    return _power(init, role, d_in, shape, 0.5)
+
+
+def _mup_rate(init: InitConfig, role: str, shape: ModelShape) -> float:
+    """Of the same table, for Adam: 1 / fan-in in hidden matrices and the head; constant in embedding and gains."""
+    return 1.0 if role in ("embedding", "norm") else init.mup_base_width / shape.hidden_size
+
+
+def _one_rate(_init: InitConfig, _role: str, _shape: ModelShape) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A rule for the std of every matrix."""
@@ -87,6 +106,8 @@ class Scheme:
     source: str
     std: Callable[[InitConfig, str, int, ModelShape], float]
     """(init, role, d_in, shape) -> std."""
+    rate: Callable[[InitConfig, str, ModelShape], float] = _one_rate
+    """(init, role, shape) -> learning-rate factor."""
 
 
 SCHEMES = {
@@ -104,6 +125,13 @@ SCHEMES = {
     ),
     "neox_small": Scheme(
         "sqrt(2 / (5d)); r: 2 / (L sqrt(d))", "[REF: GPT-NeoX's small_init and wang_init]", _neox_small
+    ),
+    "mup": Scheme(
+        "d_in^-0.5; r: over sqrt(2L) with init.depth_scale; head: times sqrt(b/d); embedding: b^-0.5. Learning rates: times "
+        "b/d, but for embedding and gains. b: init.mup_base_width",
+        "[REF: arXiv 2203.03466, table 3]",
+        _mup,
+        _mup_rate,
     ),
 }
 
@@ -126,6 +154,15 @@ def target_std(init: InitConfig, role: str, d_in: int, shape: ModelShape) -> flo
     if init.scheme not in SCHEMES:
         raise ValueError(f"init.scheme={init.scheme!r} is not known: use {', '.join(SCHEMES)}")
     return SCHEMES[init.scheme].std(init, role, d_in, shape)
+
+
+def rate_factor(init: InitConfig, role: str, shape: ModelShape) -> float:
+    """Learning-rate factor of a role, or of `norm`, by the scheme: 1 unless it sets learning rates.
+
+    Raises:
+        KeyError: the scheme is not in `SCHEMES`.
+    """
+    return SCHEMES[init.scheme].rate(init, role, shape)
 
 
 def scheme_table() -> str:

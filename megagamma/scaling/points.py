@@ -42,7 +42,12 @@ _IRRELEVANT = {
     "logging": ("console_interval", "wandb", "wandb_project", "wandb_group"),
 }
 # Options that came later: at their default a point is what it was before.
-_ADDED: dict[tuple[str, str], Any] = {("run", "compile"): "auto", ("data", "toy"): "", ("data", "toy_options"): {}}
+_ADDED: dict[tuple[str, str], Any] = {
+    ("run", "compile"): "auto",
+    ("data", "toy"): "",
+    ("data", "toy_options"): {},
+    ("init", "mup_base_width"): 128,
+}
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,6 @@ def toy_of(data: DataConfig) -> Toy:
         is_whole = fields[name].type in ("int", int)
         if is_whole and value != int(value):
             raise ConfigurationError(f"data.toy_options.{name}={value}: must be a whole number")
-        if value < 0:
-            raise ConfigurationError(f"data.toy_options.{name}={value}: must not be negative")
         values[name] = int(value) if is_whole else float(value)
     if values.get("test_samples") == 0:
         raise ConfigurationError("data.toy_options.test_samples=0: must be at least 1")

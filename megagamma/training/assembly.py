@@ -39,4 +39,4 @@ def fresh_engine(config: Config, runtime: Runtime) -> Engine:
     choices = choose(config, runtime)
     chunks, parameter_map = build(config, runtime, choices.dtype, choices.compiled)
     fill(parameter_map, config, partition_writer(runtime))
-    return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    return Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megagamma.config.schema import OptimizerConfig
+from megagamma.config.schema import Config, OptimizerConfig
+from megagamma.initialization.gamma import ModelShape, rate_factor
 from megagamma.model.parameters import MappedTensor, ParameterMap
 
 
@@ -18,24 +19,26 @@ def decays(tensor: MappedTensor, optimizer: OptimizerConfig) -> bool:
     return role_decays(tensor.role, optimizer)
 
 
-def factor_of_role(role: str, optimizer: OptimizerConfig) -> float:
-    """Learning-rate factor of a role."""
-    return optimizer.lr_factors.get(role, 1.0)
+def factor_of_role(role: str, config: Config) -> float:
+    """Learning-rate factor of a role: the scheme's times that of `optimizer.lr_factors`."""
+    shape = ModelShape(config.model.hidden_size, config.model.num_layers)
+    return config.optimizer.lr_factors.get(role, 1.0) * rate_factor(config.init, role, shape)
 
 
-def learning_rate_factor(tensor: MappedTensor, optimizer: OptimizerConfig) -> float:
+def learning_rate_factor(tensor: MappedTensor, config: Config) -> float:
     """Learning-rate factor of a tensor's role; roles fused in one tensor have one factor by the config's rules."""
-    return factor_of_role(tensor.role, optimizer)
+    return factor_of_role(tensor.role, config)
 
 
-def parameter_groups(parameter_map: ParameterMap, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(parameter_map: ParameterMap, config: Config) -> list[dict[str, Any]]:
     """Groups for AdamW: one per (decays, factor), each with `lr_factor` beside Adam's own keys.
 
     The order does not depend on the layout within a pipeline stage.
     """
+    optimizer = config.optimizer
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for tensor in parameter_map:
-        decay, factor = decays(tensor, optimizer), learning_rate_factor(tensor, optimizer)
+        decay, factor = decays(tensor, optimizer), learning_rate_factor(tensor, config)
         group = groups.setdefault(
             (decay, factor),
             {"params": [], "weight_decay": optimizer.weight_decay if decay else 0.0, "lr_factor": factor},
@@ -44,11 +47,12 @@ def parameter_groups(parameter_map: ParameterMap, optimizer: OptimizerConfig) ->
     return list(groups.values())
 
 
-def describe_groups(parameter_map: ParameterMap, optimizer: OptimizerConfig) -> list[str]:
+def describe_groups(parameter_map: ParameterMap, config: Config) -> list[str]:
     """One line per group: which roles, how many parameters, decay and factor."""
+    optimizer = config.optimizer
     lines: dict[tuple[bool, float], tuple[set[str], int]] = {}
     for tensor in parameter_map:
-        key = (decays(tensor, optimizer), learning_rate_factor(tensor, optimizer))
+        key = (decays(tensor, optimizer), learning_rate_factor(tensor, config))
         roles, count = lines.get(key, (set(), 0))
         for part in tensor.parts:
             roles.add(part.logical.role)

@@ -264,7 +264,7 @@ def _prepare_locked(config: Config, runtime: Runtime, open_data: Callable[[Confi
         _initialize(config, runtime, parameter_map, folder)
     else:
         parameter_map.mark_tensor_parallel()
-    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config))
     step = 0
     if resume is not None:
         resume = _load_finite(engine, data, folder, resume)
@@ -324,7 +324,7 @@ def _report_start(session: Session, resume: _Resume | None, choices: Choices, se
         reporter.print(line)
     if session.data.checked:
         reporter.print(session.data.checked)
-    for line in describe_groups(session.engine.map, session.config.optimizer):
+    for line in describe_groups(session.engine.map, session.config):
         reporter.print(line)
     if resume is not None:
         for text in resume.notes:

@@ -15,6 +15,7 @@ from megagamma.initialization.gamma import (
     d_in,
     effective_gamma,
     exponent,
+    rate_factor,
     scheme_table,
     target_std,
 )
@@ -58,7 +59,23 @@ def test_baselines(role):
     assert std(role, 80, scheme="neox_small") == pytest.approx(wang if residual else small)
 
 
-@pytest.mark.parametrize("scheme", ["fixed", "fixed_depth", "deepseek", "inverse_sqrt", "megatron", "neox_small"])
+@pytest.mark.parametrize("role", ROLES)
+def test_mup_by_width(role):
+    """Table 3 of arXiv 2203.03466, relative to the base: std by the square root of the fan-in in hidden matrices, by the
+    fan-in in the head, constant in the embedding; Adam's rates by the fan-in, but for the embedding."""
+    base = InitConfig(scheme="mup", mup_base_width=48)
+    for width in (48, 96, 384):
+        shape, ratio = ModelShape(width, 6), width / 48
+        usual = target_std(InitConfig(scheme="inverse_sqrt"), role, 48, ModelShape(48, 6))
+        expected = usual / {"embedding": 1.0, "head": ratio}.get(role, math.sqrt(ratio))
+        assert target_std(base, role, width, shape) == pytest.approx(expected)
+        assert rate_factor(base, role, shape) == pytest.approx(1.0 if role == "embedding" else 1 / ratio)
+        assert rate_factor(base, "norm", shape) == 1.0 and rate_factor(InitConfig(), role, shape) == 1.0
+
+
+@pytest.mark.parametrize(
+    "scheme", ["fixed", "fixed_depth", "deepseek", "inverse_sqrt", "megatron", "neox_small", "mup"]
+)
 @pytest.mark.parametrize("role", ROLES)
 def test_baselines_do_not_depend_on_gamma(scheme, role):
     assert std(role, scheme=scheme, gamma=0.3) == std(role, scheme=scheme, gamma=2.0)

@@ -107,7 +107,7 @@ def measure_step(arguments: list[str]) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
     chunks, parameter_map = build(config, runtime, dtype)
     fill(parameter_map, config, partition_writer(runtime))
-    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config.optimizer))
+    engine = Engine(config, runtime, chunks, parameter_map, parameter_groups(parameter_map, config))
     found: dict[str, Any] = {
         "baseline": baseline,
         "built": resident() - baseline,

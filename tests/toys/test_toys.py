@@ -173,7 +173,6 @@ def config(**data: Any) -> Config:
         ({"toy_options": {"split_modulus": 3}}, "split_modulus=3: must lie between 7"),
         ({"toy_options": {"split_modulus": 81}}, "split_modulus=81: must lie between 7.* and 80"),
         ({"toy_options": {"samples": 1.5}}, "samples=1.5: must be a whole number"),
-        ({"toy_options": {"samples": -1}}, "samples=-1: must not be negative"),
         ({"toy_options": {"test_samples": 0}}, "test_samples=0: must be at least 1"),
         ({"sequence_length": 256}, "data.sequence_length=256 must be the 9 tokens of a question"),
         ({"toy": "permutations", "toy_options": {"share": 0.001}}, "share=0.001: trains on 0 of 64 pairs"),
@@ -195,6 +194,8 @@ def test_a_toy_beside_text_is_refused() -> None:
         parse_config([*common, "--validation.paths", "{a: b}"])
     with pytest.raises(ConfigurationError, match="has no meaning without"):
         parse_config(["--config", "configs/smoke.yaml", "--data.toy_options", "{samples: 3}"])
+    with pytest.raises(ConfigurationError, match=r"data\.toy_options\.samples=-1.* must be at least 0"):
+        parse_config([*common, "--data.toy_options", "{samples: -1}"])
     small = load_config(Path("configs/toys/composite_anchors.yaml"))
     small.model.vocab_size = 64
     with pytest.raises(ConfigurationError, match=r"model\.vocab_size=64 is smaller than the 128 tokens"):

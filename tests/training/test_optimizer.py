@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megagamma.config.schema import ModelConfig, OptimizerConfig, resolve_model
+from megagamma.config.schema import Config, InitConfig, ModelConfig, OptimizerConfig, resolve_model
 from megagamma.model.parameters import ParameterMap, logical_parameters
 from megagamma.training.optimizer import describe_groups, parameter_groups
 
@@ -53,9 +53,13 @@ class Module(torch.nn.Module):
             layer.layer_number = number + 1  # type: ignore[assignment]
 
 
+def config_of(init: InitConfig | None = None, **options: Any) -> Config:
+    return Config(model=MODEL, init=init or InitConfig(), optimizer=OptimizerConfig(**{"weight_decay": 0.1, **options}))
+
+
 def groups_of(**options: Any) -> tuple[ParameterMap, list[dict[str, Any]]]:
     parameter_map = ParameterMap([Module()], MODEL, 0, 1)
-    return parameter_map, parameter_groups(parameter_map, OptimizerConfig(**{"weight_decay": 0.1, **options}))
+    return parameter_map, parameter_groups(parameter_map, config_of(**options))
 
 
 def settings_by_name(parameter_map: ParameterMap, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -94,6 +98,15 @@ def test_factors_of_roles() -> None:
     assert len(groups) == 4
 
 
+def test_mup_scales_the_rates_of_all_but_embedding_and_gains() -> None:
+    """A quarter of the base rate at four times the base width, times what the config asks for."""
+    init = InitConfig(scheme="mup", mup_base_width=MODEL.hidden_size // 4)
+    found = settings_by_name(*groups_of(init=init, lr_factors={"mlp_down": 0.5}))
+    for name, (_, factor) in found.items():
+        expected = 1.0 if "embedding" in name or "layernorm" in name else 0.125 if "linear_fc2" in name else 0.25
+        assert factor == expected, name
+
+
 def test_groups_are_what_torchs_adamw_takes() -> None:
     _, groups = groups_of(lr_factors={"embedding": 10.0})
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
@@ -103,7 +116,7 @@ def test_groups_are_what_torchs_adamw_takes() -> None:
 @pytest.mark.parametrize("factors", [{}, {"embedding": 10.0}])
 def test_description_counts_every_weight_once(factors: dict[str, float]) -> None:
     parameter_map, groups = groups_of(lr_factors=factors)
-    lines = describe_groups(parameter_map, OptimizerConfig(weight_decay=0.1, lr_factors=factors))
+    lines = describe_groups(parameter_map, config_of(lr_factors=factors))
     assert len(lines) == len(groups)
     counts = [int(line.split(": ")[1].split(" ")[0].replace(",", "")) for line in lines]
     assert sum(counts) == sum(logical.numel for logical in logical_parameters(MODEL))
