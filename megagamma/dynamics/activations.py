@@ -25,6 +25,8 @@ SINK_LENGTH = 64
 _CLOSED = 0.1
 """A gate below this lets little through."""
 
+_OUTPUT = "output"
+
 Sums = dict[str, dict[str, list[float]]]
 """By place (a layer's number, or layer.head) and number: [sum, count], or [largest]."""
 
@@ -129,6 +131,21 @@ def _hook_layer(layer: Any, record: _Recorder, stack: ExitStack) -> None:
         stack.callback(lambda: delattr(attention, "_apply_output_gate"))
 
 
+def _hook_output(chunk: Any, record: _Recorder, stack: ExitStack) -> None:
+    """Logits of the true vocabulary; each tensor-parallel rank holds a shard of them."""
+    head = getattr(chunk, "output_layer", None)
+    if head is None:
+        return
+
+    def see(_: Any, __: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        held = logits.shape[-1]
+        own = min(max(chunk.true_vocab_size - record.tensor_rank * held, 0), held)
+        record.mean(_OUTPUT, "logit_square", logits[..., :own].float().square())
+
+    stack.callback(head.register_forward_hook(see).remove)
+
+
 @contextmanager
 def _recording(engine: Any) -> Iterator[_Recorder]:
     record = _Recorder(engine)
@@ -136,6 +153,7 @@ def _recording(engine: Any) -> Iterator[_Recorder]:
         for chunk in engine.chunks:
             for layer in chunk.decoder.layers:
                 _hook_layer(layer, record, stack)
+            _hook_output(chunk, record, stack)
         yield record
 
 
@@ -163,16 +181,17 @@ def measure_activations(engine: Any, batches: list[Batch]) -> dict[str, Any]:
     """Numbers of every layer and head on the probe; a collective, and every data-parallel rank runs the same probe.
 
     Returns:
-        `layers`: by number, means over tokens and heads; `heads`: by layer.head. Weights, gradients and random states stay as
-        they are.
+        `layers`: by number, means over tokens and heads; `heads`: by layer.head; `output`: of the logits. Weights,
+        gradients and random states stay as they are.
     """
     with _recording(engine) as record:
         engine.run(batches, lambda output, _: output.new_zeros(()), needs="loss")
     total = _merged(engine.runtime.gather_over_model(record.sums))
     layers: dict[str, dict[str, float]] = {}
     heads: dict[str, dict[str, float]] = {}
+    outputs: dict[str, dict[str, float]] = {}
     for place, sums in total.items():
-        found = layers if "." not in place else heads
+        found = outputs if place == _OUTPUT else layers if "." not in place else heads
         for name, values in sums.items():
             value = values[0] if len(values) == 1 else values[0] / max(values[1], 1.0)
             if name.endswith("_square"):
@@ -186,6 +205,7 @@ def measure_activations(engine: Any, batches: list[Batch]) -> dict[str, Any]:
             numbers[name] = math.fsum(one[name] for one in own) / len(own)
     return {
         "samples": len(batches),
+        "output": outputs.get(_OUTPUT, {}),
         "layers": {place: layers[place] for place in sorted(layers, key=int)},
         "heads": {place: heads[place] for place in sorted(heads, key=lambda one: tuple(map(int, one.split("."))))},
     }

@@ -64,10 +64,11 @@ def numbers(line: dict[str, Any]) -> dict[tuple[str, str, int], float]:
 
 
 def activations(line: dict[str, Any]) -> dict[str, float]:
-    return {
+    found = line["activations"]
+    return {"logit_rms": found["output"]["logit_rms"]} | {
         f"{kind} {place} {key}": value
         for kind in ("layers", "heads")
-        for place, values in line["activations"][kind].items()
+        for place, values in found[kind].items()
         for key, value in values.items()
     }
 
