@@ -102,7 +102,8 @@ def test_speeds() -> None:
 
 
 PRESETS = {
-    "smoke": 8, "scale": 72, "masks": 72, "roles": 66, "cluster_scale": 28, "precision": 20, "dynamics": 9, "toys": 30, "learning_rate": 12,
+    "smoke": 8, "scale": 72, "masks": 72, "roles": 66, "cluster_scale": 28, "precision": 20, "dynamics": 9,
+    "toys": 30, "learning_rate": 12,
 }  # fmt: skip
 
 
