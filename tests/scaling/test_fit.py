@@ -179,9 +179,13 @@ def test_what_is_refused() -> None:
     flat = [replace(one, loss=1.8 + TRUE.tokens["half"].at(one.tokens)) for one in whole]
     with pytest.raises(ConfigurationError, match="losses do not fall with size"):
         fit(flat)
-    # A loss that falls by as much with every doubling has no exponent: said not to be determined.
+    # A loss that falls by as much with every doubling shows no floor, and that is said; a law that does has no such note.
     straight = [replace(one, loss=9 - 0.2 * math.log(one.size)) for one in whole if one.tokens == TOKENS[0]]
-    assert any("is not determined" in note for note in fit(straight, "size").notes)
+    assert any("irreducible loss is 0 at its bound" in note for note in fit(straight, "size").notes)
+    steep = [replace(one, loss=2 + (one.size / 1e6) ** -2.5) for one in straight]
+    assert any(
+        "the exponent of size is at its bound, 2.00: it is not determined" in note for note in fit(steep, "size").notes
+    )
 
 
 def write_table(path: Path, observations: Sequence[Observation], **changes: str) -> Path:
