@@ -49,7 +49,7 @@ _AXES: tuple[tuple[str, Callable[[ReportRun, dict[str, Any]], float]], ...] = (
 def _over(title: str, reading: str, arms: Sequence[Arm], key: str, unit: str, smooth: bool) -> Figure | None:
     """A number of metrics.jsonl over tokens, FLOPs or time, which buttons choose."""
     traces, rows, first = [], [], True
-    most = max(40, 1200 // sum(len(arm.runs) for arm in arms))  # so that the page stays small, whatever it holds
+    most = max(24, 1200 // sum(len(arm.runs) for arm in arms))  # so that the page stays small, whatever it holds
     for number, (axis, of) in enumerate(_AXES):
         for index, arm in enumerate(arms):
             for place, run in enumerate(arm.runs):
@@ -326,13 +326,13 @@ def cosine_maps(arms: Sequence[Arm], role: str = "query") -> Figure | None:
                 "showarrow": False,
             }
         )  # fmt: skip
-        rows += [(label, step, i, j, one) for i, row in enumerate(values) for j, one in enumerate(row) if j > i]
+        rows += [(label, step, i, " ".join(map(str, row))) for i, row in enumerate(values)]
     return Figure(
         f"Cosines between neurons of the first layer's {role} matrix",
         "Each pixel is the cosine of two neurons' input weights, neurons in the order of the leading eigenvector: blocks and "
         f"stripes are neurons that have condensed onto one direction. At most {_NEURONS} neurons are shown.",
         traces,
         layout,
-        ("arm", "step", "neuron", "other neuron", "cosine"),
+        ("arm", "step", "neuron", "cosines"),
         rows,
     )
