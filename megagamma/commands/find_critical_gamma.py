@@ -1,0 +1,249 @@
+"""The critical gamma of a config: a search over gamma and learning rate, coarse to fine, and every reading of it.
+
+    megagamma find_critical_gamma --config configs/demo.yaml --steps 600 --seeds 1 2 3
+    megagamma find_critical_gamma --gammas 0.4 0.5 0.65 0.8 1 1.25 --rates 0.002 0.004 0.008 --widths 64 128 256
+
+Every gamma is trained at every rate; points that are far behind at half of their run are ended. Then the gaps beside the best
+gamma are halved, --rounds times. Readings, each at the gamma's best rate, with intervals over seeds: the lowest loss; the
+lowest loss of those that are not too slow; the lowest loss on tokens that context decides; where hidden matrices move as far as
+they were long, and where that stops to depend on the width (three widths); where runs begin to spike. Writes
+OUTPUT/critical.json, trials.csv and critical.png; given again, it resumes. Exit code 1: the best gamma is at an edge of those
+tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagamma.errors import ConfigurationError
+from megagamma.reporting.tables import aligned_table
+
+if TYPE_CHECKING:
+    from megagamma.scaling.critical import Critical, Reading, Trial
+    from megagamma.scaling.folder import PointState
+
+GAMMAS = [0.4, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25]
+RATES = [0.002, 0.004, 0.008]
+
+
+def _study(given: argparse.Namespace, gammas: list[float]) -> dict[str, Any]:
+    axes: dict[str, Any] = {"init.gamma": gammas, "optimizer.lr": {"values": sorted(given.rates), "tuned": True}}
+    if given.widths:
+        axes["width"] = {
+            f"d{width}": {
+                "model.hidden_size": width, "model.ffn_hidden_size": 3 * width, "model.head_dim": 32,
+                "model.num_attention_heads": width // 32, "model.num_query_groups": width // 32,
+            }
+            for width in given.widths
+        }  # fmt: skip
+    return {
+        "name": "critical",
+        "config": str(Path(given.config).resolve()),
+        "set": {
+            "run.steps": given.steps, "validation.interval": max(1, given.steps // 12), "dynamics.log_spaced": True,
+            "dynamics.instruments": ["weights"], "logging.sample_tokens": 0, "logging.wandb": "disabled",
+        },
+        "axes": axes,
+        "seeds": given.seeds,
+        "arms": ["init.gamma"],
+        "stop_lost": {"after": 0.5, "margin": given.margin},
+    }  # fmt: skip
+
+
+def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[PointState]:
+    """Train one round of gammas; returns its points' states."""
+    from megagamma.commands.sweep import main as sweep
+    from megagamma.config.yaml_reader import write_yaml
+    from megagamma.files import write_text
+    from megagamma.scaling.folder import SweepFolder
+    from megagamma.scaling.points import expand
+    from megagamma.scaling.spec import read_sweep
+
+    file, state = given.output / f"round{number}.yaml", given.output / f"round{number}"
+    text = write_yaml(_study(given, gammas))
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ConfigurationError(f"--output {given.output}: holds another search: give another folder, or delete it")
+    given.output.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    if given.plan:
+        sweep(["plan", str(file), "--state", str(state)])
+        return []
+    print(f"\n== round {number}: gamma {', '.join(f'{gamma:g}' for gamma in gammas)}", flush=True)
+    sweep(["run", str(file), "--state", str(state)])
+    planned, folder = read_sweep(file), SweepFolder(state)
+    return folder.states(expand(planned, folder.points), planned.retries)
+
+
+def _with_context(trials: list[tuple[Trial, Path]], width: int, baseline: float, sequences: int) -> list[Trial]:
+    """Trials with their loss on tokens whose context gain is above 1 nat under the baseline of their seed, at best rates."""
+    from megagamma.dynamics.token_losses import keep_newest, newest_kept
+    from megagamma.runs.folder import RunFolder
+    from megagamma.scaling.critical import best_rates
+
+    rates, _ = best_rates([trial for trial, _ in trials])
+
+    def losses(folder: Path) -> Any:
+        run = RunFolder(folder)
+        return newest_kept(run) if keep_newest(run, sequences) else None
+
+    masks: dict[int, Any] = {}
+    for trial, folder in trials:
+        if (
+            (trial.width, trial.gamma) == (width, baseline)
+            and rates.get((width, baseline)) == trial.rate
+            and trial.loss
+        ):
+            base = losses(folder)
+            if base is not None:
+                masks[trial.seed] = base.short - base.full > 1.0
+    found = []
+    for trial, folder in trials:
+        is_chosen = trial.width == width and rates.get((width, trial.gamma)) == trial.rate and trial.loss is not None
+        own = losses(folder) if is_chosen and trial.seed in masks else None
+        mask = masks.get(trial.seed)
+        if own is not None and mask is not None and mask.any():
+            trial = replace(trial, context_loss=float(own.full[mask].mean()))
+        found.append(trial)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Search, read, print, write."""
+    parser = argparse.ArgumentParser(
+        prog="megagamma find_critical_gamma", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", default="configs/demo.yaml", help="what every run starts from (default: %(default)s)"
+    )
+    parser.add_argument("--gammas", nargs="+", type=float, default=GAMMAS, help="of the first round, for all roles")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates of every gamma")
+    parser.add_argument("--widths", nargs="+", type=int, default=[], help="hidden sizes (default: the config's)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
+    parser.add_argument("--steps", type=int, default=600, help="of every run (default: 600)")
+    parser.add_argument("--rounds", type=int, default=2, help="1: no refinement (default: 2)")
+    parser.add_argument("--baseline", type=float, default=0.5, help="gamma that times are compared with (default: 0.5)")
+    parser.add_argument(
+        "--slower", type=float, default=1.25, help="times the baseline's tokens that are allowed (default: 1.25)"
+    )
+    parser.add_argument(
+        "--margin", type=float, default=0.3, help="nats behind the best at which a point is ended (default: 0.3)"
+    )
+    parser.add_argument("--sequences", type=int, default=32, help="held-out sequences measured token by token; 0: none")
+    parser.add_argument("--output", type=Path, default=Path("runs/critical"), help="default: %(default)s")
+    parser.add_argument("--plan", action="store_true", help="print what the first round costs; start nothing")
+    given = parser.parse_args(arguments)
+    given.gammas = sorted(set(given.gammas))
+    if len(given.gammas) < 3 or given.baseline not in given.gammas:
+        raise ConfigurationError(
+            f"--gammas {' '.join(map(str, given.gammas))}: give at least three, the baseline {given.baseline:g} among them"
+        )
+    for width in given.widths:
+        if width < 32 or width % 32:
+            raise ConfigurationError(f"--widths {width}: must be a multiple of 32, the width of a head")
+    if given.steps < 12 or given.rounds < 1:
+        raise ConfigurationError(f"--steps {given.steps}, --rounds {given.rounds}: at least 12 steps and 1 round")
+    from megagamma.scaling.critical import best_rates, critical, drift, finer, readings, trial_of
+
+    trials: list[tuple[Trial, Path]] = []
+    gammas, found, width = given.gammas, [], 0
+    for number in range(1, given.rounds + 1):
+        states = _round(given, number, gammas)
+        if given.plan:
+            return 0
+        trials += [(trial, state.folder) for state in states if (trial := trial_of(state)) is not None]
+        width = max(given.widths) if given.widths else states[0].point.sized.model.hidden_size
+        found = readings([trial for trial, _ in trials], width, given.baseline)
+        known = {one.gamma for one in found}
+        gammas = [gamma for gamma in finer(found) if gamma not in known]
+        if not gammas:
+            break
+    complete = [trial for trial, _ in trials]
+    if given.sequences:
+        complete = _with_context(trials, width, given.baseline, given.sequences)
+        found = readings(complete, width, given.baseline)
+    rows = critical(found, given.slower)
+    exponents, where = drift(complete)
+    rows.append(where)
+    warnings = best_rates(complete)[1]
+    _print(found, rows, exponents, warnings, width)
+    _write(given.output, complete, found, rows, exponents, warnings)
+    return int(rows[0].gamma is None)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _mean(values: dict[int, float] | Any) -> float:
+    return math.fsum(values.values()) / len(values) if values else math.nan
+
+
+def _print(
+    found: list[Reading], rows: list[Critical], exponents: dict[float, float], warnings: list[str], width: int
+) -> None:
+    cells = [
+        (
+            f"{one.gamma:g}", f"{one.rate:g}", str(len(one.losses)), *(_number(_mean(values)) for values in (
+                one.losses, one.times, one.contexts, one.distances)), f"{one.spikes}/{one.runs}",
+            _number(exponents.get(one.gamma)),
+        )
+        for one in found
+    ]  # fmt: skip
+    titles = ("gamma", "best lr", "seeds", "loss", "tokens", "context loss", "distance", "spiked", "over width")
+    print(f"\nwidth {width}; tokens to the baseline's loss at half of its run, over its own:")
+    print(aligned_table(titles, (7, 9, 7, 9, 9, 13, 10, 8, 11), cells))
+    for row in rows:
+        spread = f", 95 % interval over seeds {row.low:.3f} to {row.high:.3f}" if math.isfinite(row.low) else ""
+        print(f"{row.reading}: {'not found' if row.gamma is None else f'gamma {row.gamma:.3f}{spread}'} ({row.note})")
+    for warning in warnings:
+        print(f"WARNING {warning}")
+
+
+def _write(
+    output: Path,
+    trials: list[Trial],
+    found: list[Reading],
+    rows: list[Critical],
+    exponents: dict[float, float],
+    warnings: list[str],
+) -> None:
+    from megagamma.evaluation.scores import plain
+    from megagamma.files import write_json, write_text
+    from megagamma.reporting.plots import finish_axis, new_figure, save_figure
+    from megagamma.reporting.tables import csv_table
+    from megagamma.scaling.critical import Trial
+    from megagamma.scaling.paired import interval
+
+    values = {
+        "readings": [asdict(row) for row in rows], "gammas": [asdict(one) for one in found], "over_width": exponents,
+        "warnings": warnings,
+    }  # fmt: skip
+    write_json(output / "critical.json", plain(values))
+    columns = [field.name for field in fields(Trial) if field.name != "curve"]
+    write_text(output / "trials.csv", csv_table(columns, [asdict(trial) for trial in trials]))
+    panels = (
+        ("losses", "final loss [nats/token]", "loss"), ("times", "tokens to a loss, over the baseline's", "balance"),
+        ("contexts", "loss where context decides [nats]", "context"), ("distances", "|W - W0| / |W0|", "boundary"),
+    )  # fmt: skip
+    marks = {row.reading: row.gamma for row in rows}
+    figure, axes = new_figure(1, len(panels), 3.8, 3.4)
+    for axis, (number, title, reading) in zip(axes[0], panels, strict=True):
+        bars = [
+            (one.gamma, *interval(list(of.values())))
+            for one in found
+            if (of := getattr(one, number)) and all(map(math.isfinite, of.values()))
+        ]
+        if bars:
+            errors = [[mean - low if math.isfinite(low) else 0.0 for _, mean, low, _ in bars]]
+            axis.errorbar(
+                [bar[0] for bar in bars], [bar[1] for bar in bars], yerr=errors * 2, marker="o", label="mean over seeds"
+            )
+        if marks.get(reading) is not None:
+            axis.axvline(marks[reading], color="C1", linestyle="--", label=reading)
+        finish_axis(axis, "gamma", title, 7)
+    save_figure(figure, output / "critical.png")
+    print(f"wrote {output}/critical.json, trials.csv and critical.png")
