@@ -37,7 +37,7 @@ def run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print("usage: megagamma COMMAND [ARGUMENTS]        (megagamma COMMAND --help lists its arguments)\n")
         for name, module in commands.items():
-            print(f"  {name:<18}{summary(module)}")
+            print(f"  {name:<20} {summary(module)}")
         return 0
     if words[0] == "--version":
         print(f"megagamma {megagamma.__version__}")
