@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from megagamma.runs.lock import read_lock
 from megagamma.runs.provenance import source_commit
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
+from megagamma.scaling.effects import effect_lines, effects, parameter_note
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
 from megagamma.scaling.paired import paired_differences, paired_lines
 from megagamma.scaling.plan import Speed, make_plan, plan_text, speed_of
@@ -271,9 +273,12 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     results.write_table(folder, rows)
     summary = results.summary(sweep, states)
     warnings = best_values(sweep, states)[1] + results.machine_warnings(states)
-    paired = paired_differences(sweep, states)
+    paired, factorial = paired_differences(sweep, states), effects(sweep, states)
+    note = parameter_note(sweep, states) if factorial else ""
+    warnings += [note] if note else []
     if as_json:
-        print(json.dumps({"rows": rows, "summary": summary, "warnings": warnings, "paired": paired}, indent=2))
+        values = {"rows": rows, "summary": summary, "warnings": warnings, "paired": paired}
+        print(json.dumps({**values, "effects": [asdict(one) for one in factorial]}, indent=2))
         return
     cells = [
         (
@@ -287,7 +292,7 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     print("\n" + fitted_table(titles, cells))
     if any(row["best"] for row in summary):
         print("* best of its tuned axes")
-    for line in paired_lines(paired):
+    for line in (*paired_lines(paired), *effect_lines(factorial)):
         print(line)
     print(learning_rate_line(sweep, [state.point for state in states]))
     for warning in warnings:
