@@ -52,7 +52,7 @@ TOY = tuple(
     Arm(f"toy, gamma {gamma}", "configs/toys/composite_anchors_short.yaml", ("--init.gamma", gamma))
     for gamma in ("0.5", "1.0")
 )
-# Learning rates: the best of each arm in the search of docs/findings.md.
+# Learning rates: the best of each arm in configs/sweeps/learning_rate_short.yaml.
 TEXT = (
     Arm("gamma 0.5", "configs/demo.yaml", ("--init.gamma", "0.5", "--optimizer.lr", "0.008")),
     Arm(

@@ -103,7 +103,7 @@ def test_speeds() -> None:
 
 PRESETS = {
     "smoke": 8, "scale": 72, "masks": 72, "roles": 66, "cluster_scale": 28, "precision": 20, "dynamics": 9,
-    "toys": 25, "learning_rate": 12,
+    "toys": 25, "learning_rate": 12, "learning_rate_short": 12,
 }  # fmt: skip
 
 
