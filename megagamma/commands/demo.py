@@ -52,14 +52,16 @@ TOY = tuple(
     Arm(f"toy, gamma {gamma}", "configs/toys/composite_anchors_short.yaml", ("--init.gamma", gamma))
     for gamma in ("0.5", "1.0")
 )
+# Enough to see weights condense, within the minutes that a demo may take.
+_SHORT = ("--run.steps", "250", "--dynamics.log_spaced", "true")
 # Learning rates: the best of each arm in configs/sweeps/learning_rate_short.yaml.
 TEXT = (
-    Arm("gamma 0.5", "configs/demo.yaml", ("--init.gamma", "0.5", "--optimizer.lr", "0.008")),
+    Arm("gamma 0.5", "configs/demo.yaml", ("--init.gamma", "0.5", "--optimizer.lr", "0.008", *_SHORT)),
     Arm(
         "inner gamma 1", "configs/demo.yaml",
-        ("--init.gamma", "1.0", "--init.embedding", "0.5", "--init.head", "0.5", "--optimizer.lr", "0.004"),
+        ("--init.gamma", "1.0", "--init.embedding", "0.5", "--init.head", "0.5", "--optimizer.lr", "0.004", *_SHORT),
     ),
-    Arm("gamma 1", "configs/demo.yaml", ("--init.gamma", "1.0", "--optimizer.lr", "0.004")),
+    Arm("gamma 1", "configs/demo.yaml", ("--init.gamma", "1.0", "--optimizer.lr", "0.004", *_SHORT)),
 )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def toy_sentence(runs: list[RunRecord]) -> str:
     seen = min(run.last("val/seen/right") or 0.0 for run in runs)
     return (
         f"Asked for a pair of functions that no model saw, {'; '.join(parts)}; both know the pairs that they saw "
-        f"({seen:.0%} or more right). One seed each; five are in docs/findings.md."
+        f"(at least {seen:.0%} right). One seed each; five are in docs/findings.md."
     )
 
 
