@@ -64,7 +64,7 @@ def settings_of(namespace: Any, size: int) -> Settings:
     config: Config | None = to_config(namespace)
     assert config is not None
     folder = namespace.folder or config.run.folder.replace("{name}", config.run.name)
-    if config.data.paths or config.data.corpus:
+    if config.data.paths or config.data.corpus or config.data.toy:
         validate(resolve(config), size)
     else:
         config, folder = None, namespace.folder or "runs"

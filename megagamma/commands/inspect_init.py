@@ -47,7 +47,11 @@ def parser() -> jsonargparse.ArgumentParser:
 def config_of(namespace: Any) -> Config:
     """The config to inspect, resolved and validated; what only a run needs is filled in."""
     config = to_config(namespace)
-    if not config.data.paths and not config.data.corpus:
+    if config.data.toy:
+        from megagamma.toys.sources import toy_of  # brings in torch
+
+        config.model.vocab_size = config.model.vocab_size or toy_of(config.data).vocab_size
+    elif not config.data.paths and not config.data.corpus:
         config.data.corpus = "tiny"  # no data is read
     if config.model.vocab_size is None:
         config.model.vocab_size = DEFAULT_VOCABULARY

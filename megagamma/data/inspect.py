@@ -42,6 +42,10 @@ def print_batch(config_path: str, step: int, rows: int) -> None:
     steps = total_steps(config)
     if not 1 <= step <= steps:
         raise ConfigurationError(f"--step {step}: the run has steps 1 to {steps}")
+    if config.data.toy:
+        raise ConfigurationError(
+            f"{config_path}: data.toy={config.data.toy} is no text: docs/toys.md says what its questions are"
+        )
     data = open_data(config)
     first = samples_before(config.data, step - 1)
     size = batch_size(config.data, first)

@@ -98,7 +98,7 @@ def model_card(
         "",
         "## Where it comes from",
         "",
-        f"- data: {config.data.corpus or ', '.join(Path(path).name for path in config.data.paths)}",
+        f"- data: {config.data.toy or config.data.corpus or ', '.join(Path(path).name for path in config.data.paths)}",
         f"- {parity.line()} (parity.json)",
         *([f"- the tokenizer gives the same ids as the SentencePiece model on {proven:,} texts"] if proven else []),
         *_provenance(run),

@@ -112,8 +112,8 @@ def find_tokenizer(checkpoint: Path, config: Config, fingerprint: str, given: st
                 f"{fingerprint[:12]}: give the one that the data was prepared with"
             )
         return tokenizer
-    if not fingerprint:
-        return None  # imported without one
+    if not fingerprint or config.data.toy:
+        return None  # imported without one, or a task without text
     run = run_folder(checkpoint)
     folders = [run] if run else []
     if config.data.corpus:

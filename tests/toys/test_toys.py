@@ -13,9 +13,12 @@ import pytest
 import torch
 from support.ranks import RankPool
 
+from megagamma.commands import inspect_init, prepare_data
 from megagamma.config.io import load_config, parse_config
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
+from megagamma.huggingface.export import ExportOptions, export
+from megagamma.huggingface.native import parity_outputs
 from megagamma.inputs import open_data
 from megagamma.toys import anchor_kinds, composite_anchors, permutations
 from megagamma.toys.contracts import Toy
@@ -226,6 +229,17 @@ def test_layouts_train_alike(tmp_path: Path, one_rank: RankPool, two_ranks: Rank
     for other in (data, tensor):
         assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in one], rel=1e-5)
         assert other[-1]["val/held_out/loss"] == pytest.approx(one[-1]["val/held_out/loss"], rel=1e-5)
+    # It is a model as any other: exported, without a tokenizer; and what needs text says so.
+    exported = export(
+        tmp_path / "one" / "checkpoints" / "step_00000004", tmp_path / "hf", ExportOptions(), quiet=True, say=lambda _: None,
+        native=lambda inputs: one_rank.run(parity_outputs, inputs)[0],
+    )  # fmt: skip
+    assert json.loads((exported / "config.json").read_text())["vocab_size"] == 128
+    assert (
+        not (exported / "tokenizer.json").exists() and "data: composite_anchors" in (exported / "README.md").read_text()
+    )
+    with pytest.raises(ConfigurationError, match=r"data\.toy=composite_anchors is no text"):
+        prepare_data.main(["--inspect", str(tmp_path / "one" / "config.yaml"), "--step", "1"])
 
 
 def pretrain(arguments: list[str]) -> int:
@@ -259,3 +273,9 @@ def test_anchor_kinds_come_half_and_half() -> None:
     tokens = anchor_kinds.AnchorKinds().train(np.arange(4000), SEED)
     reasoning = (tokens[np.arange(4000), (tokens <= 20).argmax(1)] > 10).mean()
     assert 0.46 < reasoning < 0.54
+
+
+def test_inspect_init_takes_the_vocabulary_of_the_toy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_init.main(["--config", "configs/toys/anchor_kinds.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "vocabulary 192 " in out and "is assumed here" not in out
