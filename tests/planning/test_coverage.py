@@ -133,7 +133,8 @@ def drawn(monkeypatch, rows=200_000, draw=None):
 def test_drawing_takes_the_stated_memory_and_more_is_noticed(monkeypatch):
     found = drawn(monkeypatch)
     assert found.problem == ""
-    assert found.beyond_bytes is None or 0 < found.beyond_bytes <= found.stated_bytes < found.slice_bytes
+    # 0: its buffers fit into what the process holds already.
+    assert found.beyond_bytes is None or 0 <= found.beyond_bytes <= found.stated_bytes < found.slice_bytes
     if found.beyond_bytes is None:
         pytest.skip("this system does not tell a process's peak memory")
     whole = drawn(monkeypatch, draw=lambda tensor, out, config: out.copy_(out.float().normal_()))

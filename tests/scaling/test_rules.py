@@ -95,7 +95,7 @@ def test_whole_numbers_are_those_of_the_schema(tmp_path: Path) -> None:
     assert config.schedule.warmup_steps == 0 and config.optimizer.eps == 1e-7
     assert is_whole("model.head_dim") and not is_whole("run.tokens") and not is_whole("model.qk_norm")
     assert [name for name in option_types() if is_mapping(name)] == [
-        "init.exponents", "optimizer.lr_factors", "validation.paths",
+        "init.exponents", "data.toy_options", "optimizer.lr_factors", "validation.paths",
     ]  # fmt: skip
 
 
