@@ -199,9 +199,27 @@ def touched(run: Path) -> None:
     reseal(path.parent)
 
 
+def spoiled_moments(run: Path) -> None:
+    """One second moment in the middle of the last file is below zero."""
+    path = sorted((run / "checkpoints" / "step_00000004").glob("exp_avg_sq-*"))[-1]
+    tensors = load_file(path)
+    sorted(tensors.items())[len(tensors) // 2][1].view(-1)[3] = -1e-9
+    save_file(tensors, path)
+    reseal(path.parent)
+
+
+def forgotten_moments(run: Path) -> None:
+    folder = run / "checkpoints" / "step_00000004"
+    for path in folder.glob("exp_avg_sq-*"):
+        save_file({name: torch.zeros_like(values) for name, values in load_file(path).items()}, path)
+    reseal(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (spoiled_moments, "is negative or not finite"),
+        (forgotten_moments, "adam_step=4, and its moments are all zero"),
         (swapped, "steps are swapped"),
         (copied, "share the content of"),
         (reseeded, r"is not the draw of run\.seed=99"),
