@@ -8,12 +8,14 @@ usual, small but for embedding and head, and small everywhere, each at the learn
 converted to a Hugging Face folder, proved to be the same model, and scored by lm-eval on a task made of held-out text. Two
 pages show it all. Whatever the result is, it is printed.
 
-Further arguments go to every run on text, such as `--run.steps 600`. A demo that was stopped resumes when it is started again.
+Further arguments go to every run on text, such as `--run.steps 600`; `--output FOLDER` writes elsewhere than to runs/demo, and
+`--toy_steps N` shortens the toy. A demo that was stopped resumes when it is started again.
 `make demo-long` is the study with seeds and tuned learning rates.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import subprocess
@@ -43,9 +45,9 @@ class Arm:
     config: str
     options: tuple[str, ...]
 
-    @property
-    def folder(self) -> Path:
-        return OUTPUT / self.name.replace(" ", "_").replace(",", "")
+    def folder(self, output: Path) -> Path:
+        """Of its run."""
+        return output / self.name.replace(" ", "_").replace(",", "")
 
 
 TOY = tuple(
@@ -72,21 +74,21 @@ def _launcher_environment() -> dict[str, str]:
     return dict(os.environ) if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", **os.environ}
 
 
-def train(arm: Arm, arguments: list[str]) -> RunRecord:
+def train(arm: Arm, output: Path, arguments: list[str]) -> RunRecord:
     """One arm, through the DeepSpeed launcher as a user would start it."""
     command = [
         *(str(Path(sys.executable).parent / "deepspeed"), "--log_level", "error", "--num_gpus", "1"),
         "megagamma/pretrain.py",
-        *("--config", arm.config, *arm.options, "--run.folder", str(arm.folder), *arguments),
+        *("--config", arm.config, *arm.options, "--run.folder", str(arm.folder(output)), *arguments),
     ]
     print(f"\n== {arm.name}: deepspeed {' '.join(command[3:])}", flush=True)
     code = subprocess.run(command, check=False, env=_launcher_environment()).returncode
     if code:
         raise MegagammaError(f"the run {arm.name} ended with exit code {code}; see its messages above")
-    return read_run(arm.folder)
+    return read_run(arm.folder(output))
 
 
-def convert_and_score(run: Path) -> None:
+def convert_and_score(run: Path, output: Path) -> None:
     """Convert a run's last checkpoint and score it on continuations of held-out text, as a user would."""
     # Imported late: it brings in torch.
     from megagamma.config.io import load_config
@@ -94,7 +96,7 @@ def convert_and_score(run: Path) -> None:
     from megagamma.evaluation.continuation import NAME, write_continuation
 
     (prepared, *_) = prepared_folders(load_config(run / "config.yaml"))
-    tasks = write_continuation(Path(prepared), OUTPUT / "tasks")
+    tasks = write_continuation(Path(prepared), output / "tasks")
     command = [
         *(sys.executable, "-m", "megagamma.commands", "convert_and_eval", str(run), "--overwrite"),
         *("--tasks", NAME, "--include_path", str(tasks)),
@@ -138,30 +140,37 @@ def text_sentence(losses: list[float], steps: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train all arms, compare them, convert and score the best one on text, write the pages."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
+    parser = argparse.ArgumentParser(
+        prog="megagamma demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s of the source tree)")
+    parser.add_argument("--toy_steps", type=int, help="steps of the toy (default: those of its config)")
+    given, of_text = parser.parse_known_args(arguments)
     begin = time.perf_counter()
     os.chdir(source_tree())
-    toys = [train(arm, []) for arm in TOY]
-    texts = [train(arm, arguments) for arm in TEXT]
+    output: Path = given.output
+    of_toys = [] if given.toy_steps is None else ["--run.steps", str(given.toy_steps)]
+    toys = [train(arm, output, of_toys) for arm in TOY]
+    texts = [train(arm, output, of_text) for arm in TEXT]
     rows = comparison(texts)
     table = as_table(rows)
-    write_text(OUTPUT / "table.md", table + "\n")
-    write_json(OUTPUT / "table.json", rows)
-    plot(texts, OUTPUT / "loss.png")
+    write_text(output / "table.md", table + "\n")
+    write_json(output / "table.json", rows)
+    plot(texts, output / "loss.png")
     print(f"\n{table}\n")
     for arm, run in zip(TEXT, texts, strict=True):
         if run.samples:
             last = run.samples[-1]
             print(f"{arm.name} writes: {last['prompt']}{last['text']}\n")
     losses = [_loss(run) for run in texts]
-    convert_and_score(TEXT[min(range(len(losses)), key=losses.__getitem__)].folder)
-    pages = (OUTPUT / "toy.html", OUTPUT / "report.html")
+    convert_and_score(TEXT[min(range(len(losses)), key=losses.__getitem__)].folder(output), output)
+    pages = (output / "toy.html", output / "report.html")
     print()
-    write_report([arm.folder for arm in TOY], pages[0], "Composing or memorizing: what initialization decides")
-    write_report([arm.folder for arm in TEXT], pages[1], "A small GPT on text, drawn in three ways")
+    write_report([arm.folder(output) for arm in TOY], pages[0], "Composing or memorizing: what initialization decides")
+    write_report([arm.folder(output) for arm in TEXT], pages[1], "A small GPT on text, drawn in three ways")
     print(
         f"\n1. {toy_sentence(toys)}\n2. {text_sentence(losses, texts[0].metrics[-1]['step'])}\n"
         f"3. Open {pages[0]} and {pages[1]} in a browser: answers, losses, and how weights condense; `make demo-long` is the "
