@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagamma.errors import ConfigurationError
-from megagamma.toys.contracts import Tokens
+from megagamma.toys.contracts import Tokens, check_questions
 from megagamma.toys.draws import integers
 
 FIRST_KEY, KEYS = 21, 100
@@ -21,7 +20,7 @@ ANCHORS = 10
 HELD_OUT = ((11, 13), (13, 11))
 _REASONING = np.array([(a, b) for a in range(11, 21) for b in range(11, 21) if (a, b) not in HELD_OUT], dtype=np.int64)
 _MEMORY = np.array([(a, b) for a in range(1, 11) for b in range(1, 11)], dtype=np.int64)
-_LEAST_VOCABULARY = FIRST_KEY + KEYS - 1 + 2 * 20 + 1
+_LARGEST_ANSWER = FIRST_KEY + KEYS - 1 + 2 * 20
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,7 @@ class AnchorKinds:
 
     def __post_init__(self) -> None:
         """Raises: ConfigurationError: there are no such questions."""
-        if self.length < 3:
-            raise ConfigurationError(f"length={self.length}: must be at least 3: a key and two anchors")
-        if self.vocab_size < _LEAST_VOCABULARY:
-            raise ConfigurationError(
-                f"vocab_size={self.vocab_size}: must be at least {_LEAST_VOCABULARY}: answers reach {_LEAST_VOCABULARY - 1}"
-            )
+        check_questions(self.length, 3, "a key and two anchors", self.vocab_size, _LARGEST_ANSWER)
 
     def _build(self, ids: Tokens, seed: int, name: str, kinds: tuple[Tokens, ...]) -> Tokens:
         limits = [self.length - 2, len(kinds), *(len(pairs) for pairs in kinds), *[KEYS] * self.length]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagamma.errors import ConfigurationError
-from megagamma.toys.contracts import Tokens
+from megagamma.toys.contracts import Tokens, check_questions
 from megagamma.toys.draws import integers
 
 SHIFTS = {1: 5, 2: 1, 3: -2, 4: -8}
@@ -22,7 +22,7 @@ HELD_OUT, MIRROR = (4, 3), (3, 4)
 MEMORIZED = -6
 """What is added to the key for the mirror, and for the held-out pair by a model that takes it for symmetric."""
 _PAIRS = np.array([(a, b) for a in SHIFTS for b in SHIFTS if (a, b) != HELD_OUT])
-_LEAST_VOCABULARY = LAST_KEY + 2 * max(SHIFTS.values()) + 1
+_LARGEST_ANSWER = LAST_KEY + 2 * max(SHIFTS.values())
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ class CompositeAnchors:
 
     def __post_init__(self) -> None:
         """Raises: ConfigurationError: there are no such questions."""
-        if self.length < 3:
-            raise ConfigurationError(f"length={self.length}: must be at least 3: a key and two anchors")
-        if self.vocab_size < _LEAST_VOCABULARY:
-            raise ConfigurationError(
-                f"vocab_size={self.vocab_size}: must be at least {_LEAST_VOCABULARY}: answers reach {_LEAST_VOCABULARY - 1}"
-            )
+        check_questions(self.length, 3, "a key and two anchors", self.vocab_size, _LARGEST_ANSWER)
         keys = LAST_KEY - FIRST_KEY + 1
         if not max(2, self.places) <= self.modulus <= keys:
             raise ConfigurationError(

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagamma.errors import ConfigurationError
-from megagamma.toys.contracts import Tokens
+from megagamma.toys.contracts import Tokens, check_questions
 from megagamma.toys.draws import integers
 
 ANCHORS, FIRST_KEY, KEYS = 4, 5, 96
@@ -29,12 +28,7 @@ class Condensation:
 
     def __post_init__(self) -> None:
         """Raises: ConfigurationError: there are no such questions."""
-        if self.length < 2:
-            raise ConfigurationError(f"length={self.length}: must be at least 2: an anchor and a key")
-        if self.vocab_size < FIRST_KEY + KEYS + 1:
-            raise ConfigurationError(
-                f"vocab_size={self.vocab_size}: must be at least {FIRST_KEY + KEYS + 1}: answers reach {FIRST_KEY + KEYS}"
-            )
+        check_questions(self.length, 2, "an anchor and a key", self.vocab_size, FIRST_KEY + KEYS)
 
     def _build(self, ids: Tokens, seed: int, name: str) -> Tokens:
         drawn = integers(ids, [self.length - 1, ANCHORS, *[KEYS] * self.length], seed, f"condensation {name}")

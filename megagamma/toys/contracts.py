@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megagamma.errors import ConfigurationError
+
 Tokens = NDArray[np.int64]
 """[n, length], the questions; or [n], one token each."""
 
@@ -35,3 +37,17 @@ class Toy(Protocol):
     def answers(self, name: str, tokens: Tokens, seed: int) -> dict[str, Tokens]:
         """Named answers to questions of a set ("train" is that of training), [n] each. The first is the label."""
         ...
+
+
+def check_questions(length: int, least_length: int, parts: str, vocab_size: int, largest_answer: int) -> None:
+    """Refuse a length or a vocabulary in which a toy's questions or answers have no room.
+
+    Raises:
+        ConfigurationError: naming the option.
+    """
+    if length < least_length:
+        raise ConfigurationError(f"length={length}: must be at least {least_length}: {parts}")
+    if vocab_size <= largest_answer:
+        raise ConfigurationError(
+            f"vocab_size={vocab_size}: must be at least {largest_answer + 1}: answers reach {largest_answer}"
+        )
