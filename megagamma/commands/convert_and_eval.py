@@ -272,9 +272,9 @@ def check_scoring(jobs: list[Job], args: argparse.Namespace) -> None:
         require_writable(job.scores, "--eval_out")
 
 
-def score(jobs: list[Job], args: argparse.Namespace, plan: Any) -> int:
-    """Score converted models; prints and writes tables. Returns the exit code."""
-    from megagamma.evaluation.curves import Scored, table, write
+def score(jobs: list[Job], args: argparse.Namespace, plan: Any) -> tuple[int, list[dict[str, Any]]]:
+    """Score converted models; prints and writes tables. Returns the exit code, and rows of `score_rows`."""
+    from megagamma.evaluation.curves import Scored, score_rows, table, write
     from megagamma.evaluation.harness import evaluate
     from megagamma.huggingface.provenance import exported_provenance, folder_hash
 
@@ -304,7 +304,7 @@ def score(jobs: list[Job], args: argparse.Namespace, plan: Any) -> int:
         if 1 < len(runs) < len(items):
             print(f"\nLast checkpoint of each run:\n{table(items, last_only=True)}")
         print(f"\n{jobs[0].summary}: scores.csv, scores.md, scores.png")
-    return 1 if failed else 0
+    return 1 if failed else 0, score_rows(items) if any(item.scores.records for item in items) else []
 
 
 def _quiet_transformers() -> None:
@@ -317,6 +317,11 @@ def _quiet_transformers() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, score."""
+    return convert_and_score(arguments)[0]
+
+
+def convert_and_score(arguments: list[str] | None = None) -> tuple[int, list[dict[str, Any]]]:
+    """What the command does; returns its exit code, and a row for every model, task and metric."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     if not args.paths and not args.list_tasks:
@@ -332,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         from megagamma.evaluation.tasks import check, describe
 
         print("\n".join(describe(check(args.tasks, args.include_path, args.mirror, args.trust_tasks))))
-        return 0
+        return 0, []
     jobs = find_jobs(args)
     if not args.eval_only and accelerate_world_size() > 1 and any(job.checkpoint for job in jobs):
         raise ConfigurationError(
@@ -354,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
         for job in jobs:
             if job.checkpoint is not None:
                 convert(job, args, device)
-    return 0 if args.convert_only else score(jobs, args, plan)
+    return (0, []) if args.convert_only else score(jobs, args, plan)
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -1,14 +1,15 @@
 """The critical gamma of a config: a search over gamma and learning rate, coarse to fine, and every reading of it.
 
     megagamma find_critical_gamma --config configs/demo.yaml --steps 600 --seeds 1 2 3
+    megagamma find_critical_gamma --config configs/demo.yaml configs/short.yaml --steps 300
     megagamma find_critical_gamma --gammas 0.4 0.5 0.65 0.8 1 1.25 --rates 0.002 0.004 0.008 --widths 64 128 256
 
-Every gamma is trained at every rate; points that are far behind at half of their run are ended. Then the gaps beside the best
-gamma are halved, --rounds times. Readings, each at the gamma's best rate, with intervals over seeds: the lowest loss; the
-lowest loss of those that are not too slow; the lowest loss on tokens that context decides; where hidden matrices move as far as
-they were long, and where that stops to depend on the width (three widths); where runs begin to spike. Writes
-OUTPUT/critical.json, trials.csv and critical.png; given again, it resumes. Exit code 1: the best gamma is at an edge of those
-tried.
+Every gamma is trained at every rate on the first seed, where points that are far behind at half of their run are ended, and on
+the other seeds at its best rate. Then the gaps beside the best gamma are halved, --rounds times. Readings, each at the gamma's
+best rate, with intervals over seeds: the lowest loss; the lowest loss of those that are not too slow; the lowest loss on tokens
+that context decides; where hidden matrices move as far as they were long, and where that stops to depend on the width (three
+widths); where runs begin to spike. Writes OUTPUT/critical.json, trials.csv and critical.png; given again, it resumes. Exit code
+1: the best gamma is at an edge of those tried.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megagamma.cli import EXIT_STOPPED
 from megagamma.errors import ConfigurationError
 from megagamma.reporting.tables import aligned_table
 
@@ -30,8 +32,17 @@ GAMMAS = [0.4, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25]
 RATES = [0.002, 0.004, 0.008]
 
 
-def _study(given: argparse.Namespace, gammas: list[float]) -> dict[str, Any]:
-    axes: dict[str, Any] = {"init.gamma": gammas, "optimizer.lr": {"values": sorted(given.rates), "tuned": True}}
+class Stopped(Exception):
+    """A signal has ended a sweep, whose points are saved."""
+
+
+def _study(given: argparse.Namespace, gammas: list[float], rates: dict[tuple[int, float], float]) -> dict[str, Any]:
+    """A sweep over gammas.
+
+    Args:
+        rates: the learning rate of every width and gamma, for all seeds but the first; empty: all rates, on the first seed.
+    """
+    axes: dict[str, Any] = {"init.gamma": gammas, "optimizer.lr": {"values": sorted(given.rates), "tuned": not rates}}
     if given.widths:
         axes["width"] = {
             f"d{width}": {
@@ -40,22 +51,29 @@ def _study(given: argparse.Namespace, gammas: list[float]) -> dict[str, Any]:
             }
             for width in given.widths
         }  # fmt: skip
+    exclude = [
+        {"init.gamma": gamma, "optimizer.lr": rate, **({"width": f"d{width}"} if given.widths else {})}
+        for (width, gamma), best in rates.items()
+        for rate in sorted(given.rates)
+        if rate != best and gamma in gammas
+    ]
     return {
         "name": "critical",
-        "config": str(Path(given.config).resolve()),
+        "config": [str(path.resolve()) for path in given.config],
         "set": {
             "run.steps": given.steps, "validation.interval": max(1, given.steps // 12), "dynamics.log_spaced": True,
             "dynamics.instruments": ["weights"], "logging.sample_tokens": 0, "logging.wandb": "disabled",
         },
         "axes": axes,
-        "seeds": given.seeds,
+        "exclude": exclude,
+        "seeds": given.seeds[1:] if rates else given.seeds[:1],
         "arms": ["init.gamma"],
         "stop_lost": {"after": 0.5, "margin": given.margin},
     }  # fmt: skip
 
 
-def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[PointState]:
-    """Train one round of gammas; returns its points' states."""
+def _sweep(given: argparse.Namespace, name: str, study: dict[str, Any]) -> list[PointState]:
+    """Train the points of a sweep; returns their states."""
     from megagamma.commands.sweep import main as sweep
     from megagamma.config.yaml_reader import write_yaml
     from megagamma.files import write_text
@@ -63,8 +81,8 @@ def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[
     from megagamma.scaling.points import expand
     from megagamma.scaling.spec import read_sweep
 
-    file, state = given.output / f"round{number}.yaml", given.output / f"round{number}"
-    text = write_yaml(_study(given, gammas))
+    file, state = given.output / f"{name}.yaml", given.output / name
+    text = write_yaml(study)
     if file.is_file() and file.read_text(encoding="utf-8") != text:
         raise ConfigurationError(f"--output {given.output}: holds another search: give another folder, or delete it")
     given.output.mkdir(parents=True, exist_ok=True)
@@ -72,10 +90,28 @@ def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[
     if given.plan:
         sweep(["plan", str(file), "--state", str(state)])
         return []
-    print(f"\n== round {number}: gamma {', '.join(f'{gamma:g}' for gamma in gammas)}", flush=True)
-    sweep(["run", str(file), "--state", str(state)])
+    if sweep(["run", str(file), "--state", str(state)]) == EXIT_STOPPED:
+        raise Stopped
     planned, folder = read_sweep(file), SweepFolder(state)
     return folder.states(expand(planned, folder.points), planned.retries)
+
+
+def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[tuple[Trial, Path]]:
+    """Train one round of gammas; returns its trials and their folders."""
+    from megagamma.scaling.critical import best_rates, trial_of
+
+    def trials(states: list[PointState]) -> list[tuple[Trial, Path]]:
+        return [(trial, state.folder) for state in states if (trial := trial_of(state)) is not None]
+
+    if not given.plan:
+        print(f"\n== round {number}: gamma {', '.join(f'{gamma:g}' for gamma in gammas)}", flush=True)
+    found = trials(_sweep(given, f"round{number}", _study(given, gammas, {})))
+    rates, _ = best_rates([trial for trial, _ in found])
+    if given.plan or len(given.seeds) == 1 or not rates:
+        return found
+    print(f"\n== round {number}: the best learning rates, seeds {', '.join(map(str, given.seeds[1:]))}", flush=True)
+    alive = [gamma for gamma in gammas if any(gamma == known for _, known in rates)]
+    return found + trials(_sweep(given, f"round{number}_seeds", _study(given, alive, rates)))
 
 
 def _with_context(trials: list[tuple[Trial, Path]], width: int, baseline: float, sequences: int) -> list[Trial]:
@@ -117,8 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="megagamma find_critical_gamma", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", default="configs/demo.yaml", help="what every run starts from (default: %(default)s)"
-    )
+        "--config", nargs="+", type=Path, default=[Path("configs/demo.yaml")], metavar="FILE",
+        help="what every run starts from; later files win (default: configs/demo.yaml)",
+    )  # fmt: skip
     parser.add_argument("--gammas", nargs="+", type=float, default=GAMMAS, help="of the first round, for all roles")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates of every gamma")
     parser.add_argument("--widths", nargs="+", type=int, default=[], help="hidden sizes (default: the config's)")
@@ -146,16 +183,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigurationError(f"--widths {width}: must be a multiple of 32, the width of a head")
     if given.steps < 12 or given.rounds < 1:
         raise ConfigurationError(f"--steps {given.steps}, --rounds {given.rounds}: at least 12 steps and 1 round")
-    from megagamma.scaling.critical import best_rates, critical, drift, finer, readings, trial_of
+    from megagamma.scaling.critical import best_rates, critical, drift, finer, readings
 
     trials: list[tuple[Trial, Path]] = []
     gammas, found, width = given.gammas, [], 0
     for number in range(1, given.rounds + 1):
-        states = _round(given, number, gammas)
+        try:
+            trials += _round(given, number, gammas)
+        except Stopped:
+            return EXIT_STOPPED
         if given.plan:
             return 0
-        trials += [(trial, state.folder) for state in states if (trial := trial_of(state)) is not None]
-        width = max(given.widths) if given.widths else states[0].point.sized.model.hidden_size
+        width = max(trial.width for trial, _ in trials)
         found = readings([trial for trial, _ in trials], width, given.baseline)
         known = {one.gamma for one in found}
         gammas = [gamma for gamma in finer(found) if gamma not in known]

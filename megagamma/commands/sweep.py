@@ -33,8 +33,9 @@ from megagamma.config.resolve import planned_dtype
 from megagamma.config.rules import data_parallel_size
 from megagamma.environment import visible_gpus
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
+from megagamma.files import write_text
 from megagamma.launching.slurm import SlurmError
-from megagamma.reporting.tables import fitted_table
+from megagamma.reporting.tables import csv_table, fitted_table
 from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import read_lock
 from megagamma.runs.provenance import source_commit
@@ -42,7 +43,7 @@ from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.effects import effect_lines, effects, parameter_note
 from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
-from megagamma.scaling.paired import paired_differences, paired_lines
+from megagamma.scaling.paired import paired_differences, paired_lines, score_differences
 from megagamma.scaling.plan import Speed, make_plan, plan_text, speed_of
 from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
 from megagamma.scaling.spec import Sweep, read_sweep
@@ -463,9 +464,17 @@ def evaluate(args: argparse.Namespace) -> int:
     finished = [str(state.folder) for state in states if state.status == "done"]
     if not finished:
         raise ConfigurationError(f"{folder.path}: no point is finished: see megagamma sweep status {sweep.file}")
-    from megagamma.commands.convert_and_eval import main as convert_and_eval
+    from megagamma.commands.convert_and_eval import convert_and_score
 
-    return convert_and_eval([*finished, *args.options])
+    # First, so that options of the user come after it and win.
+    result, scores = convert_and_score([*finished, "--eval_out", str(folder.path / "scores"), *args.options])
+    rows = score_differences(sweep, states, scores)
+    if rows:
+        write_text(folder.path / "scores" / "differences.csv", csv_table(list(rows[0]), rows))
+        print("\ndifferences between arms:")
+    for row in rows:
+        print(f"{row['task']}: {paired_lines([row], row['metric'])[0]}")
+    return result
 
 
 def report(args: argparse.Namespace) -> int:

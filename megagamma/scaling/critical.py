@@ -71,23 +71,33 @@ def trial_of(state: PointState) -> Trial | None:
 def best_rates(trials: Sequence[Trial]) -> tuple[dict[tuple[int, float], float], list[str]]:
     """(learning rate of the lowest mean loss by width and gamma, warnings where it is the smallest or largest tried).
 
-    A rate counts only where all of its seeds have a loss.
+    Rates are compared on the seeds that all of a gamma's rates were tried with; one counts only where it has a loss on each.
     """
     found: dict[tuple[int, float], float] = {}
     warnings = []
     for key in dict.fromkeys((one.width, one.gamma) for one in trials):
+        of: dict[float, dict[int, float | None]] = {}
+        for one in trials:
+            if (one.width, one.gamma) == key:
+                of.setdefault(one.rate, {})[one.seed] = one.loss
+        shared = set.intersection(*(set(losses) for losses in of.values()))
         means: dict[float, float] = {}
-        rates = sorted({one.rate for one in trials if (one.width, one.gamma) == key})
-        for rate in rates:
-            losses = [one.loss for one in trials if (one.width, one.gamma, one.rate) == (*key, rate)]
-            if all(loss is not None for loss in losses):
-                means[rate] = statistics.fmean(loss for loss in losses if loss is not None)
+        for rate, losses in sorted(of.items()):
+            known = [loss for seed, loss in losses.items() if seed in shared and loss is not None]
+            if known and len(known) == len(shared):
+                means[rate] = statistics.fmean(known)
         if not means:
             warnings.append(f"gamma {key[1]:g} at width {key[0]}: no run ended with a loss: try lower learning rates")
             continue
         found[key] = min(means, key=means.__getitem__)
-        if len(rates) > 1 and found[key] in (rates[0], rates[-1]):
-            where = "smallest" if found[key] == rates[0] else "largest"
+        lost = sorted(seed for seed, loss in of[found[key]].items() if loss is None)
+        if lost:
+            warnings.append(
+                f"gamma {key[1]:g} at width {key[0]}: seeds {', '.join(map(str, lost))} of its best learning rate, "
+                f"{found[key]:g}, have no loss, and are left out"
+            )
+        if len(of) > 1 and found[key] in (min(of), max(of)):
+            where = "smallest" if found[key] == min(of) else "largest"
             warnings.append(
                 f"gamma {key[1]:g} at width {key[0]}: its best learning rate, {found[key]:g}, is the {where} tried"
             )

@@ -1,8 +1,8 @@
-"""Main effects and interactions of two-valued axes on the final loss, seed by seed, and how they change with the width.
+"""Main effects and interactions of axes on the final loss, seed by seed, and how they change with the width.
 
-An effect of A is the mean loss at its second value less that at its first; an interaction A x B is half the difference of A's
-effect at B's second value and at its first; and so on, as in any two-level factorial design. Below zero the second values are
-better.
+Every value of an axis is compared with its first. An effect of A is the mean loss at that value less that at the first; an
+interaction A x B is half the difference of A's effect at B's value and at its first; and so on, as in any two-level factorial
+design. Other axes are averaged over. Below zero the later values are better.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megagamma.scaling.folder import PointState
@@ -24,6 +24,7 @@ class Effect:
     """One effect, or one interaction."""
 
     axes: tuple[str, ...]
+    """With the value that is compared with the first, where an axis has more than two."""
     at: str
     """Labels of the other axes, such as the size; or `per doubling of the width`."""
     seeds: int
@@ -35,23 +36,29 @@ class Effect:
 
 
 def factors(sweep: Sweep) -> list[Axis]:
-    """Axes with two values that set no size and are not tuned."""
+    """Axes with two values or more that set no size and are not tuned."""
     return [
         axis
         for axis in sweep.axes
-        if len(axis.arms) == 2 and not axis.is_tuned and not any(option in axis.sets for option in SIZE_OPTIONS)
+        if len(axis.arms) > 1 and not axis.is_tuned and not any(option in axis.sets for option in SIZE_OPTIONS)
     ]
 
 
-def contrast(losses: dict[tuple[int, ...], float], chosen: Sequence[int]) -> float:
-    """The effect of some factors from the losses of all cells, by their levels 0 and 1."""
-    total = math.fsum(loss * math.prod(2 * cell[place] - 1 for place in chosen) for cell, loss in losses.items())
-    return total / (len(losses) / 2)
+def contrast(losses: Mapping[tuple[int, ...], float], chosen: Mapping[int, int]) -> float:
+    """The effect of some factors from the losses of all cells.
+
+    Args:
+        losses: by the levels of all factors.
+        chosen: levels by the places of the factors, each compared with level 0.
+    """
+    cells = [cell for cell in losses if all(cell[place] in (0, level) for place, level in chosen.items())]
+    total = math.fsum(losses[cell] * math.prod(1 if cell[place] else -1 for place in chosen) for cell in cells)
+    return total / (len(cells) / 2)
 
 
 def effects(sweep: Sweep, states: Sequence[PointState]) -> list[Effect]:
     """All effects and interactions of up to three axes, at each of the other axes' arms; none where fewer than two axes have
-    two values. Only seeds in which every cell has ended count."""
+    two values or more. Only seeds in which every cell has ended count."""
     axes = factors(sweep)
     if len(axes) < 2:
         return []
@@ -69,19 +76,24 @@ def effects(sweep: Sweep, states: Sequence[PointState]) -> list[Effect]:
         cells.setdefault(others, {}).setdefault(point.seed, {})[cell] = loss
         widths[others] = point.sized.model.hidden_size
     found: list[Effect] = []
-    names = [axis.name for axis in axes]
+    size = math.prod(len(axis.arms) for axis in axes)
     for count in range(1, min(3, len(axes)) + 1):
-        for chosen in itertools.combinations(range(len(axes)), count):
-            title = tuple(names[place] for place in chosen)
-            of: dict[str, dict[int, float]] = {}
-            for others, seeds in cells.items():
-                of[others] = {
-                    seed: contrast(losses, chosen) for seed, losses in seeds.items() if len(losses) == 2 ** len(axes)
-                }
-                if len(of[others]) > 1:
-                    found.append(Effect(title, others, len(of[others]), *interval(list(of[others].values()))))
-            found += _over_width(title, of, widths)
+        for places in itertools.combinations(range(len(axes)), count):
+            for levels in itertools.product(*(range(1, len(axes[place].arms)) for place in places)):
+                chosen = dict(zip(places, levels, strict=True))
+                title = tuple(_title(axes[place], level) for place, level in chosen.items())
+                of: dict[str, dict[int, float]] = {}
+                for others, seeds in cells.items():
+                    whole = {seed: losses for seed, losses in seeds.items() if len(losses) == size}
+                    of[others] = {seed: contrast(losses, chosen) for seed, losses in whole.items()}
+                    if len(whole) > 1:
+                        found.append(Effect(title, others, len(whole), *interval(list(of[others].values()))))
+                found += _over_width(title, of, widths)
     return found
+
+
+def _title(axis: Axis, level: int) -> str:
+    return axis.name if len(axis.arms) == 2 else f"{axis.name}={axis.arms[level].label}"
 
 
 def _over_width(title: tuple[str, ...], of: dict[str, dict[int, float]], widths: dict[str, int]) -> list[Effect]:

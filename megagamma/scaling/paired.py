@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megagamma.scaling.folder import PointState
 from megagamma.scaling.grid import Sweep
-from megagamma.scaling.tuning import final_loss
+from megagamma.scaling.tuning import best_values, final_loss
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, that of the last is on the safe side.
 _STUDENT_95 = (
@@ -32,29 +33,40 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def paired_differences(sweep: Sweep, states: Sequence[PointState]) -> list[dict[str, Any]]:
-    """For each axis that is not tuned, and each pair of its values: final validation losses, second minus first, per seed.
+def paired_differences(
+    sweep: Sweep, states: Sequence[PointState], value: Callable[[PointState], float | None] | None = None
+) -> list[dict[str, Any]]:
+    """For each axis that is not tuned, and each pair of its values: a result of theirs, second minus first, per seed.
+
+    Of a tuned axis only the best value of each arm counts, by the final validation loss.
+
+    Args:
+        value: of a point; None: it has none. Default: the final validation loss, in nats per token.
 
     Returns:
-        Rows of axis, first, second, others (labels of the other axes), seeds, mean, low, high; losses in nats. Only where two
-        seeds or more have finished in both arms.
+        Rows of axis, first, second, others (labels of the other axes), seeds, mean, low, high; in the unit of the value. Only
+        where two seeds or more have finished in both arms.
     """
-    losses: dict[tuple[tuple[str, str], ...], dict[int, float]] = {}
-    for state in states:
-        loss = final_loss(state)
-        if loss is not None:
-            losses.setdefault(tuple(state.point.labels.items()), {})[state.point.seed] = loss
-    rows = []
+    value = value or final_loss
     tuned = {axis.name for axis in sweep.axes if axis.is_tuned}
+    best = best_values(sweep, list(states))[0] if tuned else {}
+    found: dict[tuple[tuple[str, str], ...], dict[int, float]] = {}
+    for state in states:
+        point, number = state.point, value(state)
+        if number is None or (point.tuned and best.get(point.comparison) != point.group):
+            continue
+        labels = tuple((name, label) for name, label in point.labels.items() if name not in tuned)
+        found.setdefault(labels, {})[point.seed] = number
+    rows = []
     for axis in (axis for axis in sweep.grid if axis.name not in tuned):
         for first, second in itertools.combinations([arm.label for arm in axis.arms], 2):
-            for labels, of_first in losses.items():
+            for labels, of_first in found.items():
                 if (axis.name, first) not in labels:
                     continue
                 others = [label for name, label in labels if name != axis.name]
                 twin = tuple((name, second if name == axis.name else label) for name, label in labels)
-                of_second = losses.get(twin, {})
-                differences = [of_second[seed] - loss for seed, loss in of_first.items() if seed in of_second]
+                of_second = found.get(twin, {})
+                differences = [of_second[seed] - number for seed, number in of_first.items() if seed in of_second]
                 if len(differences) < 2:
                     continue
                 mean, low, high = interval(differences)
@@ -65,10 +77,33 @@ def paired_differences(sweep: Sweep, states: Sequence[PointState]) -> list[dict[
     return rows
 
 
-def paired_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+def paired_lines(rows: Sequence[dict[str, Any]], unit: str = "nats") -> list[str]:
     """The rows for the console."""
     return [
-        f"{row['second']} minus {row['first']}{' at ' + row['others'] if row['others'] else ''}: {row['mean']:+.4f} nats, "
+        f"{row['second']} minus {row['first']}{' at ' + row['others'] if row['others'] else ''}: {row['mean']:+.4f} {unit}, "
         f"95 % interval {row['low']:+.4f} to {row['high']:+.4f} ({row['seeds']} seeds, paired)"
         for row in rows
     ]
+
+
+def score_differences(
+    sweep: Sweep, states: Sequence[PointState], scores: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Paired differences of every benchmark's metrics between arms.
+
+    Args:
+        scores: rows of `run` (the name of a point's folder), `task`, `metric` and `value`, one of each.
+
+    Returns:
+        Rows of `paired_differences` with task and metric.
+    """
+    rows = []
+    for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in scores):
+        of = {row["run"]: row["value"] for row in scores if (row["task"], row["metric"]) == (task, metric)}
+        found = paired_differences(sweep, states, functools.partial(_by_folder, of))
+        rows += [{"task": task, "metric": metric, **row} for row in found]
+    return rows
+
+
+def _by_folder(values: Mapping[str, float], state: PointState) -> float | None:
+    return values.get(state.folder.name)

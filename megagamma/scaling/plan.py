@@ -146,7 +146,10 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
     arms = [axis for axis in sweep.grid if axis.name in sweep.arms]
     named = {schema_option(option) for axis in arms for option in axis.sets}
     named |= {f"launch.{key}" for axis in arms for arm in axis.arms for key in arm.launch}
-    differ: dict[str, set[str]] = {}
+    # An axis that sets nothing gets its meaning from the rules that name it.
+    bare = {axis.name for axis in arms if not axis.sets}
+    named |= {option for option, rule in sweep.rules.items() if bare & set(rule.get("arms") or {})}
+    differ: dict[str, tuple[str, str]] = {}
     groups: dict[tuple[Any, ...], list[Point]] = {}
     for point in points:
         context = tuple(label for axis, label in point.labels.items() if axis not in sweep.arms)
@@ -154,7 +157,7 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
     for members in groups.values():
         for other in members[1:]:
             for option in differing_options(members[0], other):
-                differ.setdefault(option, set()).update(m.name for m in (members[0], other))
+                differ.setdefault(option, (members[0].name, other.name))
     lines, warnings = [], []
     if arms and len(points) > len(groups):
         lines.append(
@@ -162,9 +165,8 @@ def comparison_lines(sweep: Sweep, points: list[Point]) -> tuple[list[str], list
             "and every other option"
         )
         for option in sorted(set(differ) - named):
-            example = sorted(differ[option])[:2]
             warnings.append(
-                f"{option} differs between arms too (a rule or a derived default gives {' and '.join(example)} other values): "
+                f"{option} differs between arms too (a rule or a derived default gives {' and '.join(differ[option])} others): "
                 "the comparison is not of the arms alone"
             )
     lines.append(learning_rate_line(sweep, points))

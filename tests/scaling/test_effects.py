@@ -20,17 +20,19 @@ def masks(tmp_path: Path, root: Path) -> tuple[Any, list[Any]]:
     return sweep, [SimpleNamespace(point=point, status="done", metrics=[]) for point in expand(sweep, tmp_path)]
 
 
+HIDDEN = {"relaxed": 0.0, "epsilon1e-5": 0.02, "as4096": 0.2}
+"""What a value of the norms' epsilon costs gamma 1, planted: more at the wider of the two sizes."""
+
+
 def loss(state: Any) -> float:
-    """Gamma 1 is worse by 0.2, less so with the small epsilon, the gate, and the more the wider: planted per doubling."""
+    """Gamma 1 is better by 0.3, less so with a large epsilon, more so with the gate."""
     labels, config = state.point.labels, state.point.sized
-    one, relaxed, gate = (
-        int(config.init.gamma == 1), int(config.model.norm_epsilon < 1e-9), int(labels["gate"] == "on"),
-    )  # fmt: skip
-    doublings = {"d128": 0, "d256": 1, "d512": 2}[labels["size"]]
+    one, gate, norms = int(config.init.gamma == 1), int(labels["gate"] == "on"), labels["norms"]
+    doublings = {"d64": 0, "d128": 1}[labels["size"]]
     return (
         5 - 0.4 * doublings + 0.3 * state.point.seed
-        + 0.2 * one - 0.05 * relaxed - 0.1 * gate
-        - (0.06 + 0.03 * doublings) * one * relaxed - 0.02 * one * relaxed * gate
+        - 0.3 * one + 0.01 * (norms == "as4096") - 0.1 * gate
+        + HIDDEN[norms] * (1 + doublings) * one - 0.02 * one * gate * (norms == "relaxed")
         + 0.001 * state.point.seed * one
     )  # fmt: skip
 
@@ -39,25 +41,41 @@ def test_planted_effects_are_found(masks: tuple[Any, list[Any]], monkeypatch: py
     sweep, states = masks
     monkeypatch.setattr(module, "final_loss", loss)
     found = {(one.axes, one.at): one for one in effects(sweep, states)}
-    gamma, epsilon, gate = "init.gamma", "model.norm_epsilon", "gate"
-    for size, doublings in (("d128", 0), ("d256", 1), ("d512", 2)):
-        both = 0.06 + 0.03 * doublings
-        # By hand: a product of factors at 0 and 1 adds half of itself to each of its main effects, and so on.
-        assert found[(gamma,), size].mean == pytest.approx(0.2 - both / 2 - 0.02 / 4 + 0.002)
-        assert found[(gamma, epsilon), size].mean == pytest.approx(-both / 2 - 0.02 / 4)
-        assert found[(gate,), size].mean == pytest.approx(-0.1 - 0.02 / 4)
-        assert found[(gamma, epsilon, gate), size].mean == pytest.approx(-0.02 / 4)
-        assert found[(epsilon, gate), size].mean == pytest.approx(-0.02 / 4)
+    gamma, small, wide, gate = "init.gamma", "norms=epsilon1e-5", "norms=as4096", "gate"
+    for size, times in (("d64", 1), ("d128", 2)):
+        # By hand: other axes are averaged over, so that of three values each has a third of the weight.
+        assert found[(gamma,), size].mean == pytest.approx(-0.3 + times * 0.22 / 3 - 0.02 / 6 + 0.002)
+        assert found[(wide,), size].mean == pytest.approx(0.01 + times * 0.2 / 2 + 0.02 / 4)
+        # Half of what the epsilon adds to gamma's effect; the gate, which relaxed norms reward, adds a quarter of 0.02.
+        assert found[(gamma, wide), size].mean == pytest.approx((times * 0.2 + 0.02 / 2) / 2)
+        assert found[(gamma, small), size].mean == pytest.approx((times * 0.02 + 0.02 / 2) / 2)
+        assert found[(gate,), size].mean == pytest.approx(-0.1 - 0.02 / 6)
+        assert found[(gamma, wide, gate), size].mean == pytest.approx(0.02 / 4)
         assert found[(gamma, gate), size].high - found[(gamma, gate), size].low < 1e-9, "seeds cancel"
-    over = found[(gamma, epsilon), "per doubling of the width"]
-    assert over.mean == pytest.approx(-0.03 / 2) and over.seeds == 3
+    over = found[(gamma, wide), "per doubling of the width"]
+    assert over.mean == pytest.approx(0.2 / 2) and over.seeds == 3
     lines = effect_lines(list(found.values()))
-    assert any(line.startswith("interaction of init.gamma x model.norm_epsilon, d512: -0.0650 nats") for line in lines)
-    assert any(line.startswith("effect of gate, d128: -0.1050") for line in lines)
+    assert any(line.startswith("interaction of init.gamma x norms=as4096, d128: +0.2050 nats") for line in lines)
+    assert any(line.startswith("effect of gate, d64: -0.1033") for line in lines)
     assert "differ in non-embedding parameters by up to" in parameter_note(sweep, states)
     # The seeds' own interval: 0.001 per seed.
     one = found[(gamma,), "d128"]
     assert (one.high - one.low) / 2 == pytest.approx(4.303 * 0.001 / 3**0.5, rel=1e-3)
+
+
+def test_masks_emulate_a_width(masks: tuple[Any, list[Any]]) -> None:
+    """The embedding's rms over sqrt(epsilon) is that of width 4096, at either gamma; by method: rms = width^-gamma."""
+    _, states = masks
+    seen = set()
+    for state in states:
+        model, gamma, norms = state.point.sized.model, state.point.sized.init.gamma, state.point.labels["norms"]
+        ratio = model.hidden_size ** (-2 * gamma) / model.norm_epsilon
+        if norms == "as4096":
+            assert ratio == pytest.approx(4096 ** (-2 * gamma) / 1e-5)
+            seen.add((model.hidden_size, gamma))
+        else:
+            assert model.norm_epsilon == {"relaxed": 1e-12, "epsilon1e-5": 1e-5}[norms]
+    assert len(seen) == 4
 
 
 def test_incomplete_seeds_are_left_out(masks: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,5 +98,10 @@ def test_sweeps_without_a_factorial_have_none(root: Path) -> None:
 
 def test_contrast() -> None:
     losses = {(0, 0): 1.0, (0, 1): 2.0, (1, 0): 4.0, (1, 1): 9.0}
-    assert contrast(losses, [0]) == pytest.approx(5.0) and contrast(losses, [1]) == pytest.approx(3.0)
-    assert contrast(losses, [0, 1]) == pytest.approx(2.0), "half of (9 - 2) - (4 - 1)"
+    assert contrast(losses, {0: 1}) == pytest.approx(5.0) and contrast(losses, {1: 1}) == pytest.approx(3.0)
+    assert contrast(losses, {0: 1, 1: 1}) == pytest.approx(2.0), "half of (9 - 2) - (4 - 1)"
+    # A third value is compared with the first, and averaged over elsewhere.
+    losses |= {(0, 2): 3.0, (1, 2): 14.0}
+    assert contrast(losses, {1: 2}) == pytest.approx((3 + 14) / 2 - (1 + 4) / 2)
+    assert contrast(losses, {0: 1, 1: 2}) == pytest.approx(((14 - 3) - (4 - 1)) / 2)
+    assert contrast(losses, {0: 1}) == pytest.approx((4 + 9 + 14) / 3 - (1 + 2 + 3) / 3)

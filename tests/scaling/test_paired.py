@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.sweeps import write
 
 from megagamma.scaling import paired
-from megagamma.scaling.paired import interval, paired_differences, paired_lines
+from megagamma.scaling.paired import interval, paired_differences, paired_lines, score_differences
 from megagamma.scaling.points import expand
 from megagamma.scaling.spec import read_sweep
 
@@ -41,3 +42,32 @@ def test_what_seeds_share_cancels(tmp_path: Path, data_cache: str, monkeypatch: 
     # Negative control: a seed that is of one arm only is left out.
     monkeypatch.setattr(paired, "final_loss", lambda state: loss(state) if state.point.seed == 1 else None)
     assert paired_differences(sweep, states) == []  # type: ignore[arg-type]
+
+
+def test_of_a_tuned_axis_the_best_of_each_arm_counts(
+    tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {"init.gamma": [0.5, 1.0], "optimizer.lr": {"values": [0.001, 0.002], "tuned": True}}
+    sweep = read_sweep(write(tmp_path, set={"data.cache": data_cache}, rules={}, axes=axes, seeds=[1, 2]))
+
+    def state(point: Any) -> SimpleNamespace:
+        # Gamma 0.5 is best at 0.001 with 4.0, gamma 1 at 0.002 with 3.8; at one rate they differ by 1.
+        small, fast = point.config.init.gamma == 1, point.config.optimizer.lr == 0.002
+        loss = (3.8 if fast else 5.0) if small else (4.8 if fast else 4.0)
+        line = {"step": point.steps, "tokens": 1, "val/text/loss": loss + point.seed + 0.01 * point.seed * small}
+        return SimpleNamespace(point=point, status="done", metrics=[line], folder=tmp_path / point.name)
+
+    states = [state(point) for point in expand(sweep, tmp_path)]
+    (row,) = paired_differences(sweep, states)  # type: ignore[arg-type]
+    assert row["mean"] == pytest.approx(-0.2 + 0.015) and row["others"] == "" and row["seeds"] == 2
+
+    # Scores of the same points: of each arm those of its best rate.
+    scores = [
+        {"run": one.point.name, "task": "arc_easy", "metric": "choice_prob", "value": value + 0.1 * one.point.seed}
+        for one in states
+        for value in [1.0 if one.point.config.optimizer.lr == 0.002 else 0.25]
+    ]
+    monkeypatch.setattr(paired, "final_loss", lambda state: pytest.fail("a score is no loss"))
+    (row,) = score_differences(sweep, states, [*scores, scores[0] | {"task": "other"}])  # type: ignore[arg-type]
+    assert row["mean"] == pytest.approx(0.75) and (row["task"], row["metric"]) == ("arc_easy", "choice_prob")
+    assert "+0.7500 choice_prob, 95 % interval" in paired_lines([row], row["metric"])[0]

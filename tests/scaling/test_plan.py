@@ -102,8 +102,9 @@ def test_speeds() -> None:
 
 
 PRESETS = {
-    "smoke": 8, "scale": 72, "masks": 72, "roles": 66, "cluster_scale": 28, "precision": 20, "dynamics": 9,
+    "smoke": 8, "scale": 72, "masks": 72, "roles": 69, "cluster_scale": 28, "precision": 20, "dynamics": 9,
     "toys": 25, "learning_rate": 12, "learning_rate_short": 12,
+    "scale_small": 48,
 }  # fmt: skip
 
 
@@ -117,7 +118,9 @@ def test_presets_compare_fairly(name: str, root: Path, tmp_path: Path, capsys: p
     assert command.main(["plan", str(path), "--state", str(tmp_path / "new"), "--device", "H100", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["points"] == PRESETS[name]
-    assert not [text for text in values["warnings"] if "differs between arms too" in text]
+    unfair = [text.split()[0] for text in values["warnings"] if "differs between arms too" in text]
+    # Each arm at the rate that did best for it in another sweep.
+    assert unfair == (["optimizer.lr"] if name == "scale_small" else [])
     assert values["total"]["device_hours"] > 0
     assert not (tmp_path / "new").exists()  # a plan writes nothing
 
