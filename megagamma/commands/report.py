@@ -12,17 +12,25 @@ which gains by kinds of tokens need. Scores are those that tools/convert_and_eva
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megagamma.errors import MegagammaError
 
+if TYPE_CHECKING:
+    from megagamma.report.figures import Figure
 
-def write_report(paths: list[Path], output: Path, title: str, analyze: bool = False, tokens: int = 0) -> None:
+
+def write_report(
+    paths: list[Path], output: Path, title: str, analyze: bool = False, tokens: int = 0, recorded: Sequence[Figure] = ()
+) -> None:
     """Read the runs, and write the page; of several, those that cannot be read are named and left out.
 
     Args:
         analyze: measure checkpoints first that were not measured yet.
         tokens: held-out sequences on which every run's newest checkpoint is measured first, token by token.
+        recorded: figures of other runs, shown as such.
 
     Raises:
         MegagammaError: none can be read, or the page cannot be written.
@@ -50,7 +58,7 @@ def write_report(paths: list[Path], output: Path, title: str, analyze: bool = Fa
             print(f"left out: {error}")
     if not runs:
         raise MegagammaError(f"no run can be shown: {problems[0]}")
-    write(runs, output, title)
+    write(runs, output, title, recorded)
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}")

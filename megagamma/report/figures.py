@@ -34,9 +34,19 @@ class Figure:
     """Its data, for the CSV."""
 
 
-def _line(x: Sequence[Any], y: Sequence[Any], name: str, arm: int, **more: Any) -> dict[str, Any]:
+def line_of(x: Sequence[Any], y: Sequence[Any], name: str, arm: int, **more: Any) -> dict[str, Any]:
+    """A curve of an arm, by its place among the arms."""
     style = {"color": COLOURS[arm % len(COLOURS)], "dash": DASHES[arm // len(COLOURS) % len(DASHES)], "width": 2}
     return {"type": "scatter", "mode": "lines", "x": list(x), "y": list(y), "name": name, "line": style, **more}
+
+
+def band_of(x: Sequence[Any], low: Sequence[float], high: Sequence[float], name: str, arm: int) -> dict[str, Any]:
+    """The interval around a line of the same arm."""
+    return {
+        "type": "scatter", "mode": "lines", "x": [*x, *reversed(x)], "y": [*high, *reversed(low)], "fill": "toself",
+        "fillcolor": COLOURS[arm % len(COLOURS)] + "33", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False,
+        "legendgroup": name,
+    }  # fmt: skip
 
 
 _AXES: tuple[tuple[str, Callable[[ReportRun, dict[str, Any]], float]], ...] = (
@@ -62,7 +72,7 @@ def _over(title: str, reading: str, arms: Sequence[Arm], key: str, unit: str, sm
                     values = [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
                 points = thinned(list(zip([of(run, line) for line in lines], values, strict=True)), most)
                 traces.append(
-                    _line(
+                    line_of(
                         [x for x, _ in points], [y for _, y in points], arm.label, index, visible=number == 0,
                         legendgroup=arm.label, showlegend=place == 0,
                         hovertemplate=f"%{{y:.4f}} {unit}<br>%{{x:.4g}} {axis}<br>{run.name}<extra></extra>",
@@ -120,17 +130,9 @@ def differences(arms: Sequence[Arm], name: str) -> Figure | None:
             continue
         band = [(step, *interval([other[step] - one[step] for one, other in pairs])) for step in steps]
         x, mean = [row[0] for row in band], [row[1] for row in band]
-        colour = COLOURS[index % len(COLOURS)]
         if len(pairs) > 1:
-            low, high = [row[2] for row in band], [row[3] for row in band]
-            traces.append(
-                {
-                    "type": "scatter", "mode": "lines", "x": [*x, *reversed(x)], "y": [*high, *reversed(low)], "fill": "toself",
-                    "fillcolor": colour + "33", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False,
-                    "legendgroup": arm.label,
-                }
-            )  # fmt: skip
-        traces.append(_line(x, mean, f"{arm.label} ({len(pairs)} seeds)", index, legendgroup=arm.label))
+            traces.append(band_of(x, [row[2] for row in band], [row[3] for row in band], arm.label, index))
+        traces.append(line_of(x, mean, f"{arm.label} ({len(pairs)} seeds)", index, legendgroup=arm.label))
         rows += [(arm.label, len(pairs), *row) for row in band]
     if not traces:
         return None
@@ -228,7 +230,7 @@ def axis_of(place: int) -> str:
 def small(x: Sequence[Any], y: Sequence[Any], arm: Arm, index: int, place: int) -> dict[str, Any]:
     """A line with markers in a small plot; the legend names an arm once."""
     at = {"xaxis": f"x{axis_of(place)}", "yaxis": f"y{axis_of(place)}", "legendgroup": arm.label}
-    return {**_line(x, y, arm.label, index, showlegend=place == 0, **at), "mode": "lines+markers"}
+    return {**line_of(x, y, arm.label, index, showlegend=place == 0, **at), "mode": "lines+markers"}
 
 
 def dots(arm: Arm, index: int, place: int, shown: dict[str, Mean], horizontal: bool, name: str) -> dict[str, Any]:

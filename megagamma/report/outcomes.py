@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from megagamma.dynamics.token_gains import gains
 from megagamma.dynamics.token_losses import TokenLosses, newest_kept, pieces_of
 from megagamma.errors import MegagammaError
 from megagamma.evaluation.scores import leading, read_scores
-from megagamma.report.figures import Figure, Mean, axis_of, dots, grid
+from megagamma.report.figures import Figure, Mean, axis_of, band_of, dots, grid, line_of
 from megagamma.report.runs import Arm, ReportRun, finite
 from megagamma.scaling.paired import interval
 
@@ -117,3 +118,29 @@ def scores(arms: Sequence[Arm]) -> Figure | None:
         ("task", "metric", "arm", "seeds", "mean", "low", "high"),
         rows,
     )
+
+
+def recorded(path: Path, title: str, reading: str) -> Figure:
+    """Curves that were recorded earlier, means over seeds with intervals.
+
+    Args:
+        path: CSV with the columns arm, seed, tokens and loss, as in a sweep's table; loss in nats per token.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    traces, rows = [], []
+    for index, arm in enumerate(dict.fromkeys(row["arm"] for row in table)):
+        losses: dict[int, list[float]] = {}
+        for row in table:
+            if row["arm"] == arm:
+                losses.setdefault(int(row["tokens"]), []).append(float(row["loss"]))
+        band = [(tokens, *interval(losses[tokens])) for tokens in sorted(losses)]
+        x = [row[0] for row in band]
+        if all(len(one) > 1 for one in losses.values()):
+            traces.append(band_of(x, [row[2] for row in band], [row[3] for row in band], arm, index))
+        traces.append(
+            line_of(x, [row[1] for row in band], f"{arm} ({len(losses[x[0]])} seeds)", index, legendgroup=arm)
+        )
+        rows += [(arm, len(losses[tokens]), tokens, *mean) for tokens, *mean in band]
+    layout = {"xaxis": {"title": {"text": "tokens"}}, "yaxis": {"title": {"text": "nats per token"}}}
+    return Figure(title, reading, traces, layout, ("arm", "seeds", "tokens", "mean", "low", "high"), rows)

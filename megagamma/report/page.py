@@ -192,8 +192,11 @@ def _provenance(runs: Sequence[ReportRun]) -> str:
     return _table(rows)
 
 
-def page(runs: Sequence[ReportRun], title: str) -> str:
+def page(runs: Sequence[ReportRun], title: str, recorded: Sequence[Figure] = ()) -> str:
     """The whole file.
+
+    Args:
+        recorded: figures of other runs, shown as such.
 
     Raises:
         ConfigurationError: one run is given twice.
@@ -203,7 +206,8 @@ def page(runs: Sequence[ReportRun], title: str) -> str:
     found, options = arms(runs)
     drawn: list[dict[str, Any]] = []
     body: list[str] = []
-    for heading, here in sections(found):
+    others = [("Recorded earlier, by other runs", list(recorded))] if recorded else []
+    for heading, here in (*sections(found), *others):
         body.append(f"<h2>{_escape(heading)}</h2>")
         for figure in here:
             body.append(_figure(len(drawn), figure))
@@ -231,12 +235,12 @@ def page(runs: Sequence[ReportRun], title: str) -> str:
     return "\n".join(parts)
 
 
-def write(runs: Sequence[ReportRun], output: Path, title: str) -> None:
-    """Write the page, atomically.
+def write(runs: Sequence[ReportRun], output: Path, title: str, recorded: Sequence[Figure] = ()) -> None:
+    """Write the page, atomically; `recorded` as in `page`.
 
     Raises:
         MegagammaError: it cannot be written.
     """
     from megagamma.files import write_text
 
-    write_text(output, page(runs, title))
+    write_text(output, page(runs, title, recorded))

@@ -201,6 +201,9 @@ class Runner:
         gpus = [self.free_gpus.pop(0) for _ in range(size)] if self.resources.gpus else []
         note_start(state)
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+            # Its default is one for each of the machine's cores, which points share.
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(self.resources.threads)
         arguments = [f"--config={(state.folder / 'point.yaml').absolute()}", "--checkpoint.on_damage=previous"]
         if not point.config.run.threads:
             arguments.append(f"--run.threads={self.resources.threads}")

@@ -22,6 +22,7 @@ from megagamma.commands.report import main
 from megagamma.dynamics.token_losses import read as read_losses
 from megagamma.errors import MegagammaError
 from megagamma.evaluation.scores import KEYS, ScoreFile
+from megagamma.report.outcomes import recorded
 from megagamma.report.page import page
 from megagamma.report.runs import arms, read
 from megagamma.report.sentences import sentences
@@ -159,6 +160,24 @@ def test_scores(folders: list[Path], tmp_path: Path) -> None:
     first, second = rows[0], rows[1]
     assert float(first["mean"]) == pytest.approx(0.3) and float(first["high"]) == pytest.approx(0.3 + 12.706 * 0.05)
     assert float(second["low"]) == pytest.approx(0.5 - 1.96 * 0.1), "of one seed over questions"
+
+
+def test_recorded_curves_are_told_apart(folders: list[Path], tmp_path: Path) -> None:
+    """Curves of other runs stand under a heading of their own, with their mean and interval over seeds."""
+    table = tmp_path / "table.csv"
+    losses = {("a", 1): 4.0, ("a", 2): 4.2, ("b", 1): 3.9, ("b", 2): 3.9}
+    lines = [f"{arm},{seed},{tokens},{loss + 1 / tokens}" for tokens in (1, 2) for (arm, seed), loss in losses.items()]
+    table.write_text("\n".join(["arm,seed,tokens,loss", *lines]))
+    figure = recorded(table, "Longer runs", "made by a command")
+    (_, first), (_, last) = ((row[:3], row[3:]) for row in figure.rows if row[0] == "a")
+    assert last[0] == pytest.approx(4.6) and first[0] == pytest.approx(5.1)
+    # Two seeds that are 0.2 apart: 12.706 x 0.1414 / sqrt(2).
+    assert last[2] - last[0] == pytest.approx(12.706 * 0.1, rel=1e-3)
+    text = page([read(folders[0])], "One", [figure])
+    assert "<h2>Recorded earlier, by other runs</h2><h3>Longer runs</h3>" in text.replace("\n", "")
+    assert "a (2 seeds)" in text and "Recorded earlier" not in page([read(folders[0])], "One")
+    table.write_text("arm,seed,tokens,loss\na,1,5,4.0\n")
+    assert [trace["name"] for trace in recorded(table, "x", "y").traces] == ["a (1 seeds)"], "no band of one seed"
 
 
 def test_names_are_text(folders: list[Path], tmp_path: Path) -> None:
