@@ -23,35 +23,28 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 from megagamma.commands.report import add_tokens_option, write_report
-from megagamma.config.resolve import planned_dtype
-from megagamma.config.rules import data_parallel_size
+from megagamma.config.schema import Config
 from megagamma.environment import visible_gpus
 from megagamma.errors import CheckpointError, ConfigurationError, DataError
 from megagamma.files import write_text
 from megagamma.launching.slurm import SlurmError
 from megagamma.reporting.tables import csv_table, fitted_table
-from megagamma.runs.folder import RunFolder
 from megagamma.runs.lock import read_lock
-from megagamma.runs.provenance import source_commit
 from megagamma.scaling import collect as results
 from megagamma.scaling import submit as slurm
 from megagamma.scaling.effects import effect_lines, effects, parameter_note
-from megagamma.scaling.folder import FINAL, PointState, SweepFolder, code_hash, forgive
+from megagamma.scaling.folder import PointState, SweepFolder, code_hash, forgive
 from megagamma.scaling.paired import paired_differences, paired_lines, score_differences
 from megagamma.scaling.plan import Speed, make_plan, plan_text, speed_of
 from megagamma.scaling.points import Point, embedded_folder, expand, vocabulary_of
+from megagamma.scaling.registration import notice_other_code, register
 from megagamma.scaling.spec import Sweep, read_sweep
 from megagamma.scaling.tuning import best_values, last_loss, learning_rate_line
-
-# A point of fewer FLOPs takes seconds, in which compiling cannot pay. Unit: FLOPs.
-_SHORT_FLOPS = 6e11
-_SAFE = {"dtype": "fp32", "compile": "off"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -190,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
         code = code_hash()
         for state in notice_other_code(states, args.strict_code, code, say):
             folder.set_aside(state)
-        register(folder, states, code, not on_gpus)
+        register(folder, states, code, not on_gpus, _choose)
         say(
             f"sweep {sweep.name} in {folder.path}: {len(states)} points, {sum(s.is_final for s in states)} finished; "
             f"{resources.at_once} at a time, {resources.threads} threads each"
@@ -203,75 +196,17 @@ def run(args: argparse.Namespace) -> int:
     return result
 
 
-def notice_other_code(
-    states: list[PointState], strict_code: bool, code: str, say: Callable[[str], None]
-) -> list[PointState]:
-    """Report points that another version of the code, or another kind of machine, finished or began.
-
-    Returns:
-        Those of another version, where they are to be run again.
-    """
-    for warning in results.machine_warnings(states):
-        say(f"WARNING {warning}")
-    others = [
-        state
-        for state in states
-        if (state.status in FINAL or RunFolder(state.folder).steps())
-        and state.status not in ("running", "queued")
-        and set(state.codes) != {code}
-    ]
-    if not others:
-        return []
-    what = (
-        "they are run again (--strict_code)"
-        if strict_code
-        else "they are kept, and unfinished ones go on; --strict_code runs them again"
-    )
-    say(
-        f"WARNING {len(others)} points were trained, in whole or in part, by another version of the code "
-        f"({others[0].point.name}, ...): {what}"
-    )
-    return others if strict_code else []
-
-
-def register(folder: SweepFolder, states: list[PointState], code: str, on_cpus: bool, measure: bool = True) -> None:
-    """Write what the points that will run are into their folders.
-
-    Args:
-        on_cpus: all run on CPUs: decide here, once, what `auto` is for their dtype and for compiling. Where points have begun
-            without that, the others are left as open as those were.
-        measure: this machine is like those that will run them; else fp32 without compiling, which every machine can.
-    """
-    commit = source_commit()
-    todo = [state for state in states if not state.is_final and state.status not in ("running", "queued")]
-    if todo and on_cpus and not folder.choices and not any(state.attempts for state in states):
-        folder.choose(_choices([state.point for state in states]) if measure else _SAFE)
-    for state in todo:
-        folder.register(state, code, commit, folder.choices if on_cpus else {})
-
-
-def _choices(points: list[Point]) -> dict[str, str]:
-    """For all points alike: arms of a study must not differ in it. The largest says what is faster."""
-
-    def planned(point: Point) -> str:
-        replicas = data_parallel_size(point.config, point.launch.processes)
-        return planned_dtype(point.config, replicas, "cpu")
-
-    open_ones = [point for point in points if point.config.precision.dtype == "auto"]
-    largest = max(open_ones or points, key=lambda point: point.flops)
-    config = largest.sized
-    if any(planned(point) == "fp32" for point in open_ones):
-        config.precision.dtype = "fp32"  # one cannot, or should not, be bf16: none is
-    if largest.flops < _SHORT_FLOPS and config.precision.dtype != "auto":
-        return _SAFE  # what would be found, without loading torch
+def _choose(config: Config, processes: int) -> dict[str, str]:
+    # Imported late: it brings in torch.
     from megagamma.training.choices import choose_for_sweep
 
-    return choose_for_sweep(config, largest.launch.processes)
+    return choose_for_sweep(config, processes)
 
 
 def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], as_json: bool) -> None:
     rows = results.rows_of(sweep, states)
     results.write_table(folder, rows)
+    results.draw(folder, sweep, states)
     summary = results.summary(sweep, states)
     warnings = best_values(sweep, states)[1] + results.machine_warnings(states)
     paired, factorial = paired_differences(sweep, states), effects(sweep, states)
@@ -298,7 +233,7 @@ def _write_results(sweep: Sweep, folder: SweepFolder, states: list[PointState], 
     print(learning_rate_line(sweep, [state.point for state in states]))
     for warning in warnings:
         print(f"WARNING {warning}")
-    print(f"wrote {folder.csv_file} and {folder.parquet_file}: {len(rows)} rows")
+    print(f"wrote {folder.csv_file} and {folder.parquet_file}: {len(rows)} rows; {folder.figure_file.name} beside them")
 
 
 def collect(args: argparse.Namespace) -> int:
@@ -447,7 +382,7 @@ def submit(args: argparse.Namespace) -> int:
             folder.set_aside(state)
         for state in states:
             slurm.freeze(state.point, tree)
-        register(folder, states, code, all(point.config.run.device == "cpu" for point in points), measure=False)
+        register(folder, states, code, all(point.config.run.device == "cpu" for point in points))
 
     result, values = slurm.submit_sweep(
         args, sweep, folder, points, check_points, prepared_states, register_frozen, say

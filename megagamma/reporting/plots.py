@@ -21,11 +21,12 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 
 def finish_axis(axis: Any, x: str, y: str, legend_size: float | None = None) -> None:
-    """Labels, a faint grid and a legend."""
+    """Labels, a faint grid, and a legend where something has a name."""
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=legend_size)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=legend_size)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
 from megagamma.errors import MegagammaError
 from megagamma.files import atomic_file, write_text
 from megagamma.planning.flops import flops_per_token, parameter_counts
+from megagamma.reporting.plots import finish_axis, new_figure, save_figure
 from megagamma.reporting.tables import csv_table
 from megagamma.runs.folder import RunFolder
 from megagamma.scaling.folder import PointState, SweepFolder
 from megagamma.scaling.grid import Sweep
-from megagamma.scaling.tuning import best_values, final_loss, some, tuned_learning_rates
+from megagamma.scaling.options import is_number
+from megagamma.scaling.paired import interval
+from megagamma.scaling.tuning import best_values, final_loss, some, tuned_learning_rates, validation_key
+
+_LEGEND = 12  # names that a legend has room for
 
 
 def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
@@ -146,3 +152,67 @@ def summary(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def draw(folder: SweepFolder, sweep: Sweep, states: list[PointState]) -> None:
+    """Draw the validation losses as a PNG: over tokens, at the end, and over the values of a tuned axis if there is one.
+
+    Lines are means over seeds, bands and bars their 95 % intervals. Of a tuned axis the first two panels have the best values.
+
+    Raises:
+        MegagammaError: the file cannot be written.
+    """
+    ended = [state for state in states if final_loss(state) is not None and validation_key(state.metrics)]
+    if not ended:
+        return
+    best, _ = best_values(sweep, states)
+    shown: dict[str, list[PointState]] = {}
+    for state in ended:
+        if not state.point.tuned or best.get(state.point.comparison) == state.point.group:
+            shown.setdefault(state.point.comparison, []).append(state)
+    tuned = next(
+        (axis for axis in sweep.axes if axis.is_tuned and all(is_number(arm.value) for arm in axis.arms)), None
+    )
+    figure, axes = new_figure(1, 2 + (tuned is not None), 5.5, max(4.0, 0.22 * len(shown)))
+    for place, (name, members) in enumerate(shown.items()):
+        colour = f"C{place % 10}"
+        _draw_curve(axes[0][0], members, name if len(shown) <= _LEGEND else "", colour)
+        losses = [loss for member in members if (loss := final_loss(member)) is not None]
+        mean, low, _ = interval(losses)
+        axes[0][1].errorbar(
+            mean, -place, xerr=None if math.isnan(low) else mean - low, color=colour, marker="o", capsize=3
+        )
+        axes[0][1].plot(losses, [-place] * len(losses), ".", color="grey", markersize=3)
+    axes[0][1].margins(y=0.2)
+    axes[0][1].set_yticks([-place for place in range(len(shown))], list(shown), fontsize=7)
+    finish_axis(axes[0][0], "tokens", "validation loss [nats/token]", 7)
+    finish_axis(axes[0][1], "final validation loss [nats/token]", "", 7)
+    if tuned is not None:
+        for place, name in enumerate(shown):
+            of: dict[float, list[float]] = {}
+            for state in ended:
+                loss = final_loss(state)
+                if state.point.comparison == name and loss is not None:
+                    of.setdefault(float(state.point.values[tuned.name]), []).append(loss)
+            values = sorted(of)
+            means = [statistics.fmean(of[value]) for value in values]
+            axes[0][2].plot(
+                values, means, marker="o", color=f"C{place % 10}", label=name if len(shown) <= _LEGEND else None
+            )
+        axes[0][2].set_xscale("log")
+        tried = sorted({float(arm.value) for arm in tuned.arms})
+        axes[0][2].set_xticks(tried, [f"{value:g}" for value in tried])
+        axes[0][2].minorticks_off()
+        finish_axis(axes[0][2], tuned.name, "final validation loss [nats/token]", 7)
+    save_figure(figure, folder.figure_file)
+
+
+def _draw_curve(axis: Any, members: list[PointState], label: str, colour: str) -> None:
+    """Validation loss over tokens, where all seeds have one."""
+    key = validation_key(members[0].metrics) or "loss"
+    curves = [{line["tokens"]: line[key] for line in member.metrics if line.get(key) is not None} for member in members]
+    tokens = sorted(set.intersection(*map(set, curves)))
+    bands = [interval([curve[one] for curve in curves]) for one in tokens]
+    axis.plot(tokens, [mean for mean, _, _ in bands], marker="o", markersize=3, color=colour, label=label or None)
+    if len(members) > 1:
+        axis.fill_between(tokens, [low for _, low, _ in bands], [high for _, _, high in bands], color=colour, alpha=0.2)

@@ -97,6 +97,7 @@ class SweepFolder:
         self.logs = self.path / "log"
         self.csv_file = self.path / "table.csv"
         self.parquet_file = self.path / "table.parquet"
+        self.figure_file = self.path / "losses.png"
         self.code = self.path / "code"
         self.slurm = self.path / "slurm"
         self.choices_file = self.path / "choices.json"

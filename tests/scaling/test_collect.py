@@ -11,7 +11,9 @@ import pytest
 from pyarrow import parquet
 from support.sweeps import write
 
-from megagamma.scaling.collect import best_values, final_loss, rows_of, summary, write_table
+from megagamma.reporting.plots import save_figure
+from megagamma.scaling import collect
+from megagamma.scaling.collect import best_values, draw, final_loss, rows_of, summary, write_table
 from megagamma.scaling.folder import PointState, SweepFolder, read_state
 from megagamma.scaling.points import expand
 from megagamma.scaling.spec import Sweep, read_sweep
@@ -97,6 +99,25 @@ def test_every_validation_has_a_row(tmp_path: Path) -> None:
         assert row["lr_tuned"] and row["gamma"] == row["init.gamma"] and row["code"] == "abc"
     (diverged,) = [row for row in rows if row["status"] == "diverged"]
     assert diverged["point"] == "gamma1-lr0.001-seed1" and diverged.get("loss") is None
+
+
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means over seeds, of every arm at its best value, and over all values; nothing where nothing has ended."""
+    sweep, states = states_of(tmp_path, INNER)
+    folder, drawn = SweepFolder(tmp_path / "state"), []
+    folder.path.mkdir()
+    monkeypatch.setattr(collect, "save_figure", lambda figure, path: (drawn.append(figure), save_figure(figure, path)))
+    draw(folder, sweep, states)
+    assert folder.figure_file.read_bytes()[:4] == b"\x89PNG"
+    curves, ends, rates = drawn[0].axes
+    assert [line.get_label() for line in curves.get_lines()] == ["gamma0.5", "gamma1"]
+    assert curves.get_lines()[0].get_ydata()[-1] == pytest.approx(2.6)
+    assert [text.get_text() for text in ends.get_yticklabels()] == ["gamma0.5", "gamma1"]
+    assert rates.get_lines()[0].get_ydata() == pytest.approx([3.0, 2.6, 2.9])
+    assert [text.get_text() for text in rates.get_xticklabels()] == ["0.001", "0.002", "0.004"]
+    folder.figure_file.unlink()
+    draw(folder, sweep, [state for state in states if state.status != "done"])
+    assert not folder.figure_file.exists()
 
 
 @pytest.mark.parametrize(
