@@ -67,6 +67,11 @@ TEXT = (
 )  # fmt: skip
 
 
+STUDY = "configs/sweeps/learning_rate_fresh.yaml"
+RECORDED = Path("docs/findings/learning_rate_fresh.csv")
+"""The table of STUDY."""
+
+
 def _launcher_environment() -> dict[str, str]:
     """This process's environment, in which DeepSpeed's launcher need not warn that it sees no GPU."""
     import torch
@@ -149,6 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder (default: %(default)s of the source tree)")
     parser.add_argument("--toy_steps", type=int, help="steps of the toy (default: those of its config)")
     given, of_text = parser.parse_known_args(arguments)
+    # Imported late: it brings in numpy.
+    from megagamma.report.outcomes import recorded
+
     begin = time.perf_counter()
     os.chdir(source_tree())
     output: Path = given.output
@@ -170,7 +178,15 @@ def main(arguments: list[str] | None = None) -> int:
     pages = (output / "toy.html", output / "report.html")
     print()
     write_report([arm.folder(output) for arm in TOY], pages[0], "Composing or memorizing: what initialization decides")
-    write_report([arm.folder(output) for arm in TEXT], pages[1], "A small GPT on text, drawn in three ways")
+    longer = recorded(
+        RECORDED,
+        "Held-out loss of longer runs, each arm at its best learning rate",
+        f"Six times as long, three seeds, as recorded in docs/findings.md; the band is the 95 % interval over seeds. Made by "
+        f"`python tools/sweep.py run {STUDY}`.",
+    )
+    write_report(
+        [arm.folder(output) for arm in TEXT], pages[1], "A small GPT on text, drawn in three ways", recorded=[longer]
+    )
     print(
         f"\n1. {toy_sentence(toys)}\n2. {text_sentence(losses, texts[0].metrics[-1]['step'])}\n"
         f"3. Open {pages[0]} and {pages[1]} in a browser: answers, losses, and how weights condense; `make demo-long` is the "
