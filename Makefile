@@ -19,10 +19,10 @@ env: $(STAMP)
 demo: env
 	$(BIN)/python tools/demo.py
 
-# The demo's question on text with seeds and tuned learning rates: hours on two cores. Stopped, it resumes.
+# The demo's question on text, with seeds and each arm's own learning rate: an hour on two cores. Stopped, it resumes.
 demo-long: env
-	$(BIN)/python tools/sweep.py run configs/sweeps/learning_rate.yaml
-	$(BIN)/python tools/sweep.py report configs/sweeps/learning_rate.yaml --tokens 64
+	$(BIN)/python tools/sweep.py run configs/sweeps/learning_rate_fresh.yaml
+	$(BIN)/python tools/sweep.py report configs/sweeps/learning_rate_fresh.yaml --tokens 64
 
 # Every claim once.
 test: env
