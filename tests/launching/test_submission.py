@@ -247,9 +247,10 @@ def test_what_follows_understands_its_words(tmp_path: Path, data_cache: str, mon
     with open(folder.csv_file) as file:
         assert [row["status"] for row in csv.DictReader(file)] == ["done", "done"]
     given: list[list[str]] = []
-    monkeypatch.setattr(convert_and_eval, "main", lambda arguments: given.append(arguments) or 0)
+    monkeypatch.setattr(convert_and_eval, "convert_and_score", lambda words: given.append(words) or (0, []))
     assert console(words["evaluate"]) == 0
-    assert given[0][-4:] == ["--tasks", "quick", "--limit", "2"] and len(given[0]) == 6
+    assert given[0][-4:] == ["--tasks", "quick", "--limit", "2"] and len(given[0]) == 8
+    assert given[0][2:4] == ["--eval_out", str(folder.path / "scores")]
     options = command.build_parser().parse_args(["submit", str(path), "--evaluate", "--tasks 'x"])
     with pytest.raises(ConfigurationError, match="--evaluate --tasks 'x: No closing quotation"):
         Submission(options, sweep, folder, load_site())

@@ -13,12 +13,12 @@ from support.ranks import RankPool
 from support.sweeps import write
 from support.train import run_trainer
 
-from megagamma.commands import sweep
 from megagamma.config import resolve
 from megagamma.config.io import parse_config
 from megagamma.config.schema import Config
 from megagamma.errors import ConfigurationError
 from megagamma.model.regions import Region
+from megagamma.scaling import registration
 from megagamma.scaling.points import expand
 from megagamma.scaling.spec import read_sweep
 from megagamma.training import choices
@@ -84,7 +84,7 @@ def test_small_weights_stay_in_fp32(fast: pytest.MonkeyPatch) -> None:
 def test_arms_of_a_sweep_have_one_dtype(fast: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def chosen(**changes: Any) -> dict[str, str]:
         path = write(tmp_path, rules={}, seeds=[1], set={"precision.dtype": "auto"}, **changes)
-        return sweep._choices(expand(read_sweep(path), tmp_path))
+        return registration._choices(expand(read_sweep(path), tmp_path), choose_for_sweep)
 
     assert chosen(axes={"init.gamma": [0.5]})["dtype"] == "bf16"
     assert chosen(axes={"init.gamma": [0.5, 1.0]})["dtype"] == "fp32"
