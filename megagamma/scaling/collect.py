@@ -16,7 +16,15 @@ from megagamma.scaling.folder import PointState, SweepFolder
 from megagamma.scaling.grid import Sweep
 from megagamma.scaling.options import is_number
 from megagamma.scaling.paired import interval
-from megagamma.scaling.tuning import best_values, final_loss, some, tuned_learning_rates, validation_key
+from megagamma.scaling.tuning import (
+    best_values,
+    final_loss,
+    is_chosen,
+    losses_by_tokens,
+    some,
+    tuned_learning_rates,
+    validation_key,
+)
 
 _LEGEND = 12  # names that a legend has room for
 
@@ -45,7 +53,7 @@ def rows_of(sweep: Sweep, states: list[PointState]) -> list[dict[str, Any]]:
             "flops_per_token": per_token,
             "lr": config.optimizer.lr,
             "lr_tuned": is_tuned[point.comparison],
-            "is_best": not point.tuned or best.get(point.comparison) == point.group,
+            "is_best": is_chosen(point, best),
             "steps": point.steps,
             "attempts": state.attempts,
             "failures": state.failures,
@@ -168,7 +176,7 @@ def draw(folder: SweepFolder, sweep: Sweep, states: list[PointState]) -> None:
     best, _ = best_values(sweep, states)
     shown: dict[str, list[PointState]] = {}
     for state in ended:
-        if not state.point.tuned or best.get(state.point.comparison) == state.point.group:
+        if is_chosen(state.point, best):
             shown.setdefault(state.point.comparison, []).append(state)
     tuned = next(
         (axis for axis in sweep.axes if axis.is_tuned and all(is_number(arm.value) for arm in axis.arms)), None
@@ -210,7 +218,7 @@ def draw(folder: SweepFolder, sweep: Sweep, states: list[PointState]) -> None:
 def _draw_curve(axis: Any, members: list[PointState], label: str, colour: str) -> None:
     """Validation loss over tokens, where all seeds have one."""
     key = validation_key(members[0].metrics) or "loss"
-    curves = [{line["tokens"]: line[key] for line in member.metrics if line.get(key) is not None} for member in members]
+    curves = [losses_by_tokens(member, key) for member in members]
     tokens = sorted(set.intersection(*map(set, curves)))
     bands = [interval([curve[one] for curve in curves]) for one in tokens]
     axis.plot(tokens, [mean for mean, _, _ in bands], marker="o", markersize=3, color=colour, label=label or None)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megagamma.scaling.folder import PointState
 from megagamma.scaling.grid import SIZE_OPTIONS, Axis, Sweep
 from megagamma.scaling.paired import interval
-from megagamma.scaling.tuning import best_values, final_loss
+from megagamma.scaling.tuning import best_values, final_loss, is_chosen
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def effects(sweep: Sweep, states: Sequence[PointState]) -> list[Effect]:
     widths: dict[str, int] = {}
     for state in states:
         point, loss = state.point, final_loss(state)
-        if loss is None or (point.tuned and best.get(point.comparison) != point.group):
+        if loss is None or not is_chosen(point, best):
             continue
         others = "-".join(label for name, label in point.labels.items() if name not in level and name not in tuned)
         cell = tuple(level[axis.name][point.labels[axis.name]] for axis in axes)

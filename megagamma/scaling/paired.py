@@ -11,7 +11,7 @@ from typing import Any
 
 from megagamma.scaling.folder import PointState
 from megagamma.scaling.grid import Sweep
-from megagamma.scaling.tuning import best_values, final_loss
+from megagamma.scaling.tuning import best_values, final_loss, is_chosen
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, that of the last is on the safe side.
 _STUDENT_95 = (
@@ -53,7 +53,7 @@ def paired_differences(
     found: dict[tuple[tuple[str, str], ...], dict[int, float]] = {}
     for state in states:
         point, number = state.point, value(state)
-        if number is None or (point.tuned and best.get(point.comparison) != point.group):
+        if number is None or not is_chosen(point, best):
             continue
         labels = tuple((name, label) for name, label in point.labels.items() if name not in tuned)
         found.setdefault(labels, {})[point.seed] = number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megagamma.scaling.folder import PointState
@@ -93,6 +93,11 @@ class _Candidate:
         return f"{values} ({', '.join(sorted({m.status for m in unfinished}))}{seeds})"
 
 
+def is_chosen(point: Point, best: Mapping[str, str]) -> bool:
+    """Whether a point has the best values of its tuned axes, or none that is tuned; `best` is from `best_values`."""
+    return not point.tuned or best.get(point.comparison) == point.group
+
+
 def best_values(sweep: Sweep, states: list[PointState]) -> tuple[dict[str, str], list[str]]:
     """Of every group of tuned points, the best values by the mean over seeds of the final validation loss.
 
@@ -162,18 +167,18 @@ def is_lost(state: PointState, states: list[PointState], rule: StopLost) -> bool
     if name is None:
         return False
     begin = rule.after * state.point.tokens
-    ours = _losses(state, name)
+    ours = losses_by_tokens(state, name)
     for other in states:
         if other is state or other.point.tuning_group != state.point.tuning_group or _has_diverged(other, name):
             continue
-        theirs = _losses(other, name)
+        theirs = losses_by_tokens(other, name)
         common = [tokens for tokens in ours if tokens >= begin and tokens in theirs]
         if common and ours[max(common)] > theirs[max(common)] + rule.margin:
             return True
     return False
 
 
-def _losses(state: PointState, name: str) -> dict[int, float]:
+def losses_by_tokens(state: PointState, name: str) -> dict[int, float]:
     """A validation loss by the tokens that were seen."""
     return {line["tokens"]: line[name] for line in state.metrics if line.get(name) is not None}
 
