@@ -19,7 +19,7 @@ from megagamma.adapters.report import Report, targets
 from megagamma.config.rules import check_bounds
 from megagamma.config.schema import InitConfig
 from megagamma.errors import ConfigurationError, InitializationError
-from megagamma.initialization.gamma import SCHEMES
+from megagamma.initialization.gamma import SCHEMES, truncation
 from megagamma.initialization.report import WeightStatistics
 from megagamma.initialization.streams import normal_
 
@@ -217,7 +217,7 @@ def initialize(
     if not dry_run:
         refusals.check_drawable(parameters, optimizer)
     found = {name: local_tensor(name, parameters[name]) for name in plan.entries}
-    stds, cut = targets(plan, init), truncate_at if distribution == "truncated" else None
+    stds, cut = targets(plan, init), truncation(init)
     if not dry_run:
         for name, entry in plan.entries.items():
             _draw(found[name], entry, stds, seed, cut)

@@ -12,7 +12,7 @@ from typing import Any
 from megagamma.adapters.blocks import MATRIX_ROLES, Plan
 from megagamma.config.schema import InitConfig
 from megagamma.errors import InitializationError
-from megagamma.initialization.gamma import ModelShape, d_in, effective_gamma, target_std
+from megagamma.initialization.gamma import ModelShape, asked, effective_gamma
 from megagamma.initialization.report import (
     MatrixReport,
     NormSaturation,
@@ -31,11 +31,7 @@ from megagamma.model.parameters import LogicalParameter
 def targets(plan: Plan, init: InitConfig) -> dict[str, tuple[int, float]]:
     """d_in and target std of every logical matrix, by its name."""
     shape = ModelShape(plan.hidden_size, plan.num_layers)
-    found = {}
-    for name, logical in plan.logical().items():
-        inputs = d_in(logical.role, logical.shape, plan.hidden_size, init.residual_fan_in)
-        found[name] = inputs, target_std(init, logical.role, inputs, shape)
-    return found
+    return {name: asked(init, one.role, one.shape, shape) for name, one in plan.logical().items()}
 
 
 def _finite(value: Any) -> Any:

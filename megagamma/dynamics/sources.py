@@ -14,7 +14,7 @@ from megagamma.config.resolve import resolve
 from megagamma.config.schema import Config, InitConfig
 from megagamma.data.schedule import total_steps
 from megagamma.errors import MegagammaError
-from megagamma.initialization.gamma import ModelShape, d_in, target_std
+from megagamma.initialization.gamma import ModelShape, asked, truncation
 from megagamma.initialization.streams import normal_
 from megagamma.model.parameters import LogicalParameter, logical_parameters
 from megagamma.training.optimizer import factor_of_role, role_decays
@@ -34,22 +34,20 @@ class Drawn:
 
     def std(self, parameter: LogicalParameter) -> float:
         """Target std of a matrix."""
-        inputs = d_in(parameter.role, parameter.shape, self.shape.hidden_size, self.init.residual_fan_in)
-        return target_std(self.init, parameter.role, inputs, self.shape)
+        return asked(self.init, parameter.role, parameter.shape, self.shape)[1]
 
     def redraw(self, parameter: LogicalParameter) -> Tensor:
         """Its values at step 0, fp32; of a norm its gain of 1."""
         out = torch.ones(parameter.shape)
         if parameter.role == "norm":
             return out
-        cut = self.init.truncate_at if self.init.distribution == "truncated" else None
         return normal_(
             out,
             seed=self.seed,
             name=parameter.name,
             global_shape=parameter.shape,
             std=self.std(parameter),
-            truncate=cut,
+            truncate=truncation(self.init),
         )
 
 

@@ -50,6 +50,17 @@ def d_in(role: str, shape: tuple[int, ...], hidden_size: int, residual_fan_in: L
     return shape[1]
 
 
+def asked(init: InitConfig, role: str, shape: tuple[int, ...], model: ModelShape) -> tuple[int, float]:
+    """d_in and target std of a logical matrix of a global shape."""
+    inputs = d_in(role, shape, model.hidden_size, init.residual_fan_in)
+    return inputs, target_std(init, role, inputs, model)
+
+
+def truncation(init: InitConfig) -> float | None:
+    """Where draws are cut. Unit: standard deviations; None: nowhere."""
+    return init.truncate_at if init.distribution == "truncated" else None
+
+
 def exponent(init: InitConfig, role: str) -> float:
     """gamma of a role: its own where given, else the global one."""
     return float(init.exponents.get(role, init.gamma))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megagamma.config.schema import Config
-from megagamma.initialization.gamma import ModelShape, d_in, target_std
+from megagamma.initialization.gamma import ModelShape, asked, truncation
 from megagamma.initialization.report import MatrixReport, WeightStatistics, measure
 from megagamma.initialization.streams import normal_
 from megagamma.model.parameters import LogicalParameter, MappedTensor, ParameterMap, Part
@@ -26,13 +26,11 @@ def part_std(part: Part, config: Config) -> float:
 def parameter_std(logical: LogicalParameter, config: Config) -> tuple[int, float]:
     """d_in and target std of a logical matrix."""
     shape = ModelShape(config.model.hidden_size, config.model.num_layers)
-    inputs = d_in(logical.role, logical.shape, config.model.hidden_size, config.init.residual_fan_in)
-    return inputs, target_std(config.init, logical.role, inputs, shape)
+    return asked(config.init, logical.role, logical.shape, shape)
 
 
 def draw(tensor: MappedTensor, out: Tensor, config: Config) -> None:
     """Fill `out`, of the local tensor's shape, with its initial values: draws by part, ones for gains."""
-    truncate = config.init.truncate_at if config.init.distribution == "truncated" else None
     for part in tensor.parts:
         view = part.view(out)
         if part.logical.role == "norm":
@@ -45,7 +43,7 @@ def draw(tensor: MappedTensor, out: Tensor, config: Config) -> None:
                 global_shape=part.logical.shape,
                 start=part.start,
                 std=part_std(part, config),
-                truncate=truncate,
+                truncate=truncation(config.init),
             )
 
 

@@ -109,7 +109,7 @@ def losses(arms: Sequence[Arm]) -> list[Figure]:
             "runs are compared at: the same tokens, the same compute, or the same time.", arms, "loss", "nats per token", True,
         )
     ]  # fmt: skip
-    for name in sorted({name for arm in arms for run in arm.runs for name in run.validations()}):
+    for name in sorted({name for arm in arms for run in arm.runs for name in run.validation_names}):
         found.append(
             _over(
                 f"Validation on {name}", "Held-out loss of every validation, not smoothed.", arms, f"val/{name}/loss",

@@ -113,7 +113,7 @@ def sections(found: Sequence[Arm]) -> list[tuple[str, list[Figure]]]:
     """Headings and their figures; a heading without any is left out."""
     several = [
         figure
-        for name in sorted({name for arm in found for run in arm.runs for name in run.validations()})
+        for name in sorted({name for arm in found for run in arm.runs for name in run.validation_names})
         if len(found) > 1 and (figure := figures.differences(found, name)) is not None
     ]
     random = "The dotted line is a random matrix of the same shape. Means over a role's matrices and over seeds."

@@ -11,8 +11,9 @@ from typing import Any
 from megagamma.config.io import as_dict
 from megagamma.config.schema import Config
 from megagamma.dynamics.analysis import records
-from megagamma.errors import ConfigurationError, MegagammaError
+from megagamma.errors import ConfigurationError
 from megagamma.planning.flops import flops_per_token
+from megagamma.runs.compare import RunRecord, read_run
 from megagamma.runs.folder import RunFolder
 
 # What tells runs apart without being compared.
@@ -30,19 +31,14 @@ _UNSEEN = (
 
 
 @dataclass
-class ReportRun:
+class ReportRun(RunRecord):
     """A run's folder, read."""
 
     folder: RunFolder
     config: Config
-    metrics: list[dict[str, Any]]
     dynamics: list[dict[str, Any]]
     notes: list[str]
     """What cannot be shown of it, and why."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     @property
     def seed(self) -> int:
@@ -53,26 +49,15 @@ class ReportRun:
         """For training, by `megagamma.planning.flops`."""
         return flops_per_token(self.config.model, self.config.data.sequence_length)
 
-    def validations(self) -> list[str]:
-        """Names of the sets that it was validated on."""
-        return sorted({key.split("/")[1] for line in self.metrics for key in line if key.startswith("val/")})
-
-    def last(self, key: str) -> float | None:
-        """Last recorded value of a number."""
-        return next((line[key] for line in reversed(self.metrics) if isinstance(line.get(key), int | float)), None)
-
 
 def read(path: Path) -> ReportRun:
     """Read a run's folder; one that is still running, was stopped or diverged is shown as far as it came.
 
     Raises:
-        MegagammaError: it is no run, or has no steps yet.
+        DataError: it is no run, or has no steps yet.
     """
-    folder = RunFolder(path).require_run()
-    metrics = [line for line in folder.metrics().read() if isinstance(line.get("step"), int)]
-    if not metrics:
-        raise MegagammaError(f"{path}: metrics.jsonl has no steps yet: train first")
-    config, events, notes = folder.read_config(), folder.events().read(), []
+    record, folder = read_run(path), RunFolder(path)
+    metrics, config, events, notes = record.metrics, folder.read_config(), folder.events().read(), []
     kinds = [event.get("event") for event in events]
     if "end" not in kinds:
         notes.append(f"has not ended: shown up to step {metrics[-1]['step']}")
@@ -84,7 +69,7 @@ def read(path: Path) -> ReportRun:
     if not dynamics:
         how = "python tools/analyze_run.py" if folder.steps() else "it has no checkpoints: --dynamics.log_spaced true"
         notes.append(f"its weights were not measured ({how})")
-    return ReportRun(folder, config, metrics, dynamics, notes)
+    return ReportRun(record.name, record.gamma, metrics, record.samples, folder, config, dynamics, notes)
 
 
 def _flat(config: Config) -> dict[str, Any]:

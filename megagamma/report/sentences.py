@@ -26,7 +26,7 @@ def what_was_trained(arms: Sequence[Arm]) -> str:
 
 def final_losses(arms: Sequence[Arm]) -> str:
     """The end of the validation loss: of one arm its value, of several their paired differences."""
-    names = sorted({name for arm in arms for run in arm.runs for name in run.validations()})
+    names = sorted({name for arm in arms for run in arm.runs for name in run.validation_names})
     if not names:
         return "No run was validated, so that nothing is said of held-out loss."
     key = f"val/{names[0]}/loss"
@@ -84,7 +84,7 @@ def condensation(arms: Sequence[Arm]) -> str:
 
 def final_answers(arms: Sequence[Arm]) -> str:
     """What runs on a toy answer at their end, on what was held out where the toy holds something out."""
-    sets = arms[0].runs[0].validations()
+    sets = arms[0].runs[0].validation_names
     name = "held_out" if "held_out" in sets else sets[0]
     parts = []
     for arm in arms:
@@ -102,5 +102,5 @@ def final_answers(arms: Sequence[Arm]) -> str:
 
 def sentences(arms: Sequence[Arm]) -> list[str]:
     """The three that a report opens with."""
-    is_toy = all(run.config.data.toy and run.validations() for arm in arms for run in arm.runs)
+    is_toy = all(run.config.data.toy and run.validation_names for arm in arms for run in arm.runs)
     return [what_was_trained(arms), final_answers(arms) if is_toy else final_losses(arms), condensation(arms)]

@@ -44,7 +44,7 @@ def read_run(folder: Path) -> RunRecord:
         DataError: it is not one, or holds no steps yet.
     """
     run = RunFolder(folder).require_run()
-    metrics = run.metrics().read()
+    metrics = [line for line in run.metrics().read() if isinstance(line.get("step"), int)]
     if not metrics:
         raise DataError(f"{folder}: metrics.jsonl has no steps yet: train first")
     return RunRecord(run.name, run.read_config().init.gamma, metrics, run.samples().read())
