@@ -4,12 +4,13 @@
     megagamma find_critical_gamma --config configs/demo.yaml configs/short.yaml --steps 300
     megagamma find_critical_gamma --gammas 0.4 0.5 0.65 0.8 1 1.25 --rates 0.002 0.004 0.008 --widths 64 128 256
 
-Every gamma is trained at every rate on the first seed, where points that are far behind at half of their run are ended, and on
-the other seeds at its best rate. Then the gaps beside the best gamma are halved, --rounds times. Readings, each at the gamma's
-best rate, with intervals over seeds: the lowest loss; the lowest loss of those that are not too slow; the lowest loss on tokens
-that context decides; where hidden matrices move as far as they were long, and where that stops to depend on the width (three
-widths); where runs begin to spike. Writes OUTPUT/critical.json, trials.csv and critical.png; given again, it resumes. Exit code
-1: the best gamma is at an edge of those tried.
+Every gamma is trained at every rate on the first seed, where points that are far behind at half of their run are ended. One
+whose best rate is the smallest or largest tried gets half or twice that rate too, --widen times. The other seeds take its best
+rate. Then the gaps beside the best gamma are halved, --rounds times. Readings, each at the gamma's best rate, with intervals
+over seeds: the lowest loss; the lowest loss of those that are not too slow; the lowest loss on tokens that context decides;
+where hidden matrices move as far as they were long, and where that stops to depend on the width (three widths); where runs
+begin to spike. Writes OUTPUT/critical.json, trials.csv and critical.png; given again, it resumes. Exit code 1: the best gamma
+is at an edge of those tried. --gammas, --rates, --seeds, --rounds and --widen may change between starts.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ class Stopped(Exception):
     """A signal has ended a sweep, whose points are saved."""
 
 
-def _study(given: argparse.Namespace, gammas: list[float], rates: dict[tuple[int, float], float]) -> dict[str, Any]:
-    """A sweep over gammas.
+Rates = dict[tuple[int, float], list[float]]
+"""Learning rates by width and gamma; the width is 0 where --widths is not given."""
 
-    Args:
-        rates: the learning rate of every width and gamma, for all seeds but the first; empty: all rates, on the first seed.
-    """
-    axes: dict[str, Any] = {"init.gamma": gammas, "optimizer.lr": {"values": sorted(given.rates), "tuned": not rates}}
+
+def _study(given: argparse.Namespace, rates: Rates, seeds: list[int], is_tuned: bool) -> dict[str, Any]:
+    """A sweep over gammas, each at its own learning rates."""
+    every = sorted({rate for of in rates.values() for rate in of})
+    gammas = sorted({gamma for _, gamma in rates})
+    axes: dict[str, Any] = {"init.gamma": gammas, "optimizer.lr": {"values": every, "tuned": is_tuned}}
     if given.widths:
         axes["width"] = {
             f"d{width}": {
@@ -52,10 +55,11 @@ def _study(given: argparse.Namespace, gammas: list[float], rates: dict[tuple[int
             for width in given.widths
         }  # fmt: skip
     exclude = [
-        {"init.gamma": gamma, "optimizer.lr": rate, **({"width": f"d{width}"} if given.widths else {})}
-        for (width, gamma), best in rates.items()
-        for rate in sorted(given.rates)
-        if rate != best and gamma in gammas
+        {"init.gamma": gamma, "optimizer.lr": rate, **({"width": f"d{width}"} if width else {})}
+        for width in given.widths or [0]
+        for gamma in gammas
+        for rate in every
+        if rate not in rates.get((width, gamma), [])
     ]
     return {
         "name": "critical",
@@ -66,7 +70,7 @@ def _study(given: argparse.Namespace, gammas: list[float], rates: dict[tuple[int
         },
         "axes": axes,
         "exclude": exclude,
-        "seeds": given.seeds[1:] if rates else given.seeds[:1],
+        "seeds": seeds,
         "arms": ["init.gamma"],
         "stop_lost": {"after": 0.5, "margin": given.margin},
     }  # fmt: skip
@@ -75,18 +79,20 @@ def _study(given: argparse.Namespace, gammas: list[float], rates: dict[tuple[int
 def _sweep(given: argparse.Namespace, name: str, study: dict[str, Any]) -> list[PointState]:
     """Train the points of a sweep; returns their states."""
     from megagamma.commands.sweep import main as sweep
-    from megagamma.config.yaml_reader import write_yaml
+    from megagamma.config.yaml_reader import read_yaml, write_yaml
     from megagamma.files import write_text
     from megagamma.scaling.folder import SweepFolder
     from megagamma.scaling.points import expand
     from megagamma.scaling.spec import read_sweep
 
+    def kept(values: Any) -> Any:
+        return {key: one for key, one in values.items() if key not in ("axes", "exclude", "seeds")}
+
     file, state = given.output / f"{name}.yaml", given.output / name
-    text = write_yaml(study)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+    if file.is_file() and kept(read_yaml(file)) != kept(study):
         raise ConfigurationError(f"--output {given.output}: holds another search: give another folder, or delete it")
     given.output.mkdir(parents=True, exist_ok=True)
-    write_text(file, text)
+    write_text(file, write_yaml(study))
     if given.plan:
         sweep(["plan", str(file), "--state", str(state)])
         return []
@@ -98,20 +104,35 @@ def _sweep(given: argparse.Namespace, name: str, study: dict[str, Any]) -> list[
 
 def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[tuple[Trial, Path]]:
     """Train one round of gammas; returns its trials and their folders."""
-    from megagamma.scaling.critical import best_rates, trial_of
+    from megagamma.scaling.critical import best_rates, beyond, trial_of
 
     def trials(states: list[PointState]) -> list[tuple[Trial, Path]]:
         return [(trial, state.folder) for state in states if (trial := trial_of(state)) is not None]
 
     if not given.plan:
         print(f"\n== round {number}: gamma {', '.join(f'{gamma:g}' for gamma in gammas)}", flush=True)
-    found = trials(_sweep(given, f"round{number}", _study(given, gammas, {})))
+
+    def at(width: int) -> int:
+        return width if given.widths else 0
+
+    tried: Rates = {(width, gamma): sorted(given.rates) for width in given.widths or [0] for gamma in gammas}
+    for turn in range(given.widen + 1):
+        found = trials(_sweep(given, f"round{number}", _study(given, tried, given.seeds[:1], True)))
+        more = beyond([trial for trial, _ in found])
+        if given.plan or not more or turn == given.widen:
+            break
+        print(
+            f"\n== round {number}, wider: gamma " + ", ".join(f"{key[1]:g} at {more[key]:g}" for key in more),
+            flush=True,
+        )
+        for (width, gamma), rate in more.items():
+            tried[at(width), gamma].append(rate)
     rates, _ = best_rates([trial for trial, _ in found])
     if given.plan or len(given.seeds) == 1 or not rates:
         return found
     print(f"\n== round {number}: the best learning rates, seeds {', '.join(map(str, given.seeds[1:]))}", flush=True)
-    alive = [gamma for gamma in gammas if any(gamma == known for _, known in rates)]
-    return found + trials(_sweep(given, f"round{number}_seeds", _study(given, alive, rates)))
+    best: Rates = {(at(width), gamma): [rate] for (width, gamma), rate in rates.items()}
+    return found + trials(_sweep(given, f"round{number}_seeds", _study(given, best, given.seeds[1:], False)))
 
 
 def _with_context(trials: list[tuple[Trial, Path]], width: int, baseline: float, sequences: int) -> list[Trial]:
@@ -162,6 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
     parser.add_argument("--steps", type=int, default=600, help="of every run (default: 600)")
     parser.add_argument("--rounds", type=int, default=2, help="1: no refinement (default: 2)")
+    parser.add_argument(
+        "--widen", type=int, default=2, help="learning rates beyond --rates that a gamma may get (default: 2)"
+    )
     parser.add_argument("--baseline", type=float, default=0.5, help="gamma that times are compared with (default: 0.5)")
     parser.add_argument(
         "--slower", type=float, default=1.25, help="times the baseline's tokens that are allowed (default: 1.25)"
@@ -181,8 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
     for width in given.widths:
         if width < 32 or width % 32:
             raise ConfigurationError(f"--widths {width}: must be a multiple of 32, the width of a head")
-    if given.steps < 12 or given.rounds < 1:
-        raise ConfigurationError(f"--steps {given.steps}, --rounds {given.rounds}: at least 12 steps and 1 round")
+    if given.steps < 12 or given.rounds < 1 or given.widen < 0:
+        raise ConfigurationError(
+            f"--steps {given.steps}, --rounds {given.rounds}, --widen {given.widen}: at least 12 steps, 1 round, 0 rates"
+        )
     from megagamma.scaling.critical import best_rates, critical, drift, finer, readings
 
     trials: list[tuple[Trial, Path]] = []

@@ -104,6 +104,18 @@ def best_rates(trials: Sequence[Trial]) -> tuple[dict[tuple[int, float], float],
     return found, warnings
 
 
+def beyond(trials: Sequence[Trial]) -> dict[tuple[int, float], float]:
+    """By width and gamma, half the smallest or twice the largest learning rate tried, where that was the best of several."""
+    tried: dict[tuple[int, float], set[float]] = {}
+    for one in trials:
+        tried.setdefault((one.width, one.gamma), set()).add(one.rate)
+    return {
+        key: best / 2 if best == min(tried[key]) else best * 2
+        for key, best in best_rates(trials)[0].items()
+        if len(tried[key]) > 1 and best in (min(tried[key]), max(tried[key]))
+    }
+
+
 @dataclass(frozen=True)
 class Reading:
     """What one gamma came to at its best learning rate, at one width."""

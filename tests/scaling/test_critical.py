@@ -13,6 +13,7 @@ from megagamma.errors import ConfigurationError
 from megagamma.scaling.critical import (
     Trial,
     best_rates,
+    beyond,
     critical,
     crossing,
     drift,
@@ -122,6 +123,19 @@ def test_drift_is_where_the_exponent_over_widths_is_zero() -> None:
     assert drift([one for one in found if one.width < 200])[1].gamma is None
 
 
+def test_rates_beyond_those_tried() -> None:
+    """Half or twice where the best lies at an end, nothing where it lies inside or was the only one."""
+
+    def trials(gamma: float, losses: dict[float, float | None]) -> list[Trial]:
+        return [Trial(gamma, rate, 1, 64, loss) for rate, loss in losses.items()]
+
+    found = [
+        *trials(0.5, {0.002: 3.0, 0.004: 2.0, 0.008: 1.0}), *trials(0.75, {0.002: 2.0, 0.004: 1.0, 0.008: None}),
+        *trials(1.0, {0.002: 1.0, 0.004: 2.0, 0.008: 3.0}), *trials(1.25, {0.002: 1.0}), *trials(1.5, {0.002: None}),
+    ]  # fmt: skip
+    assert beyond(found) == {(64, 0.5): 0.016, (64, 1.0): 0.001}
+
+
 def test_arithmetic() -> None:
     assert (
         lowest({0.0: 4.0, 1.0: 1.0, 3.0: 1.0}) == (pytest.approx(2.0), True)
@@ -148,7 +162,7 @@ def test_the_search(tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixtu
     words += (
         ["--rates", "0.003", "--seeds", "1"] if rounds == "1" else ["--rates", "0.003", "0.006", "--seeds", "1", "2"]
     )
-    words += ["--sequences", "2", "--rounds", rounds, "--output", str(output), "--margin", "9"]
+    words += ["--sequences", "2", "--rounds", rounds, "--output", str(output), "--margin", "9", "--widen", "0"]
     code = main(words)
     out = capsys.readouterr().out
     values = json.loads((output / "critical.json").read_text())
@@ -162,7 +176,14 @@ def test_the_search(tmp_path: Path, data_cache: str, capsys: pytest.CaptureFixtu
     assert f"== round {rounds}: gamma" in out and "tokens to the baseline's loss" in out
     assert (output / "critical.png").stat().st_size > 10_000
     with pytest.raises(ConfigurationError, match="holds another search"):
-        main([*words[:-4], "--output", str(output), "--margin", "8"])
+        main([*words, "--margin", "8"])
+    if rounds == "2":
+        # Twelve steps like the larger rate: each gamma gets one beyond it, in the same folder, which keeps what it has.
+        main([*words[:-1], "1", "--rounds", "1"])
+        assert "== round 1, wider: gamma 0.5 at 0.012" in (out := capsys.readouterr().out)
+        assert "6 points, 6 finished" in out
+        wider = [line.split(",")[:3] for line in (output / "trials.csv").read_text().splitlines()[1:]]
+        assert ["0.5", "0.012", "1"] in wider and ["0.5", "0.012", "2"] in wider
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
