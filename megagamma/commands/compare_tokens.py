@@ -2,9 +2,12 @@
 
     megagamma compare_tokens runs/gamma0.5 runs/gamma1                      # newest checkpoints; runs/.../tokens.html
     megagamma compare_tokens runs/a runs/b --step 1000 --sequences 256 --output gains.html
+    megagamma compare_tokens runs/gamma0.5-seed1 runs/gamma1-seed1 --judge runs/gamma0.5-seed2
 
 The gain is the first run's loss less the second's, on the first held-out sequences of the first run's data. Both need the same
-tokenizer and validation data. Losses of every token are kept in RUN/tokens/, and not measured again.
+tokenizer and validation data. Kinds of tokens are told by the text and by the losses of the first run, which favours the
+second where they are high; `--judge`, a run like the first of another seed, tells them without that. Losses of every token are
+kept in RUN/tokens/, and not measured again.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("baseline", type=Path, metavar="A", help="folder of a run")
     parser.add_argument("other", type=Path, metavar="B", help="folder of the run that it is compared with")
+    parser.add_argument(
+        "--judge", type=Path, metavar="C", help="run whose losses tell kinds of tokens apart (default: A)"
+    )
     parser.add_argument("--step", type=int, help="of both (default: the newest checkpoint of each)")
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences (default: 64)")
     parser.add_argument("--output", type=Path, help="page (default: B/tokens.html); its numbers beside it as CSV")
@@ -39,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megagamma.runs.folder import RunFolder
 
     found: list[TokenLosses] = []
-    for path in (given.baseline, given.other):
+    for path in (given.baseline, given.other, *([given.judge] if given.judge else [])):
         run = RunFolder(path).require_run()
         steps = run.steps()
         if not steps or (given.step is not None and given.step not in steps):
@@ -48,11 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         step = steps[-1] if given.step is None else given.step
         print(f"{path}: losses of step {step}", flush=True)
         found.append(of_checkpoint(run.checkpoint(step), given.sequences, kept_file(run, step)))
-        if len(found) == 2:
-            check_comparable(*found)
-    first, second = found
+        check_comparable(found[0], found[-1])
+    first, second, *judges = found
     pieces = pieces_of(RunFolder(given.baseline))
-    rows = gains(first, second, pieces)
+    rows = gains(first, second, pieces, judge=judges[0] if judges else None)
     widths = (32, 24, 10, 10, 12, 24)
     cells = [
         (

@@ -136,34 +136,34 @@ def _round(given: argparse.Namespace, number: int, gammas: list[float]) -> list[
 
 
 def _with_context(trials: list[tuple[Trial, Path]], width: int, baseline: float, sequences: int) -> list[Trial]:
-    """Trials with their loss on tokens whose context gain is above 1 nat under the baseline of their seed, at best rates."""
-    from megagamma.dynamics.token_losses import keep_newest, newest_kept
+    """Trials with their loss on tokens whose context gain is above 1 nat under the baseline, at best rates.
+
+    The baseline of another seed than a trial's: of its own, those tokens would be ones that it did well on by chance.
+    """
+    from megagamma.dynamics.token_gains import another_seed
+    from megagamma.dynamics.token_losses import TokenLosses, keep_newest, newest_kept
     from megagamma.runs.folder import RunFolder
     from megagamma.scaling.critical import best_rates
 
     rates, _ = best_rates([trial for trial, _ in trials])
 
-    def losses(folder: Path) -> Any:
+    def losses(folder: Path) -> TokenLosses | None:
         run = RunFolder(folder)
         return newest_kept(run) if keep_newest(run, sequences) else None
 
-    masks: dict[int, Any] = {}
+    bases: dict[int, TokenLosses] = {}
     for trial, folder in trials:
-        if (
-            (trial.width, trial.gamma) == (width, baseline)
-            and rates.get((width, baseline)) == trial.rate
-            and trial.loss
-        ):
-            base = losses(folder)
-            if base is not None:
-                masks[trial.seed] = base.short - base.full > 1.0
+        is_base = (trial.width, trial.gamma, trial.rate) == (width, baseline, rates.get((width, baseline)))
+        if is_base and trial.loss is not None and (base := losses(folder)) is not None:
+            bases[trial.seed] = base
     found = []
     for trial, folder in trials:
         is_chosen = trial.width == width and rates.get((width, trial.gamma)) == trial.rate and trial.loss is not None
-        own = losses(folder) if is_chosen and trial.seed in masks else None
-        mask = masks.get(trial.seed)
-        if own is not None and mask is not None and mask.any():
-            trial = replace(trial, context_loss=float(own.full[mask].mean()))
+        own = losses(folder) if is_chosen and trial.seed in bases else None
+        if own is not None:
+            judge = another_seed(trial.seed, bases) or bases[trial.seed]
+            if (mask := judge.short - judge.full > 1.0).any():
+                trial = replace(trial, context_loss=float(own.full[mask].mean()))
         found.append(trial)
     return found
 

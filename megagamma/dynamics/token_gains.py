@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,28 +97,39 @@ KINDS = ["word start", "inside of a word", "function word", "digit", "code ident
 """Of `kind_of_piece`."""
 
 
-def splits(baseline: TokenLosses, pieces: Sequence[str]) -> dict[str, _Split]:
-    """Every way to split tokens, by what the baseline and the text say alone.
+def splits(judge: TokenLosses, pieces: Sequence[str]) -> dict[str, _Split]:
+    """Every way to split tokens, by what one model and the text say alone.
 
-    A split by the baseline's own loss favours the other model where that loss is high, and the baseline where it is low, as
-    any choice by a number with noise does.
+    A split by a model's own loss favours others where that loss is high, and itself where it is low, as any choice by a number
+    with noise does. So the judge should be none of the two that are compared: the baseline of another seed.
     """
-    kinds = np.array([KINDS.index(kind_of_piece(piece)) for piece in pieces])[baseline.labels]
-    counts = np.bincount(baseline.labels.ravel(), minlength=len(pieces))[baseline.labels]
-    places = np.broadcast_to(np.arange(baseline.labels.shape[1]), baseline.labels.shape)
-    gain = np.nan_to_num(baseline.short - baseline.full)
+    kinds = np.array([KINDS.index(kind_of_piece(piece)) for piece in pieces])[judge.labels]
+    counts = np.bincount(judge.labels.ravel(), minlength=len(pieces))[judge.labels]
+    places = np.broadcast_to(np.arange(judge.labels.shape[1]), judge.labels.shape)
+    gain = np.nan_to_num(judge.short - judge.full)
     return {
-        "baseline loss": _binned(np.nan_to_num(baseline.full), (0.1, 1.0, 3.0), " nats"),
+        "baseline loss": _binned(np.nan_to_num(judge.full), (0.1, 1.0, 3.0), " nats"),
         "context gain of the baseline": _binned(gain, (0.0, 0.2, 1.0), " nats"),
         "token": (KINDS, kinds),
-        "copied from context": (["new", "seen before"], copied(baseline.tokens, baseline.labels).astype(int)),
+        "copied from context": (["new", "seen before"], copied(judge.tokens, judge.labels).astype(int)),
         "position": _binned(places, (4, 32, 128), " tokens"),
         "occurrences in the set": _binned(counts, (2, 10, 100), ""),
     }
 
 
+def another_seed(seed: int, of: Mapping[int, TokenLosses]) -> TokenLosses | None:
+    """Losses of the next seed after one, in a circle; None: there is no other."""
+    others = sorted(one for one in of if one != seed)
+    return of[next((one for one in others if one > seed), others[0])] if others else None
+
+
 def gains(
-    baseline: TokenLosses, other: TokenLosses, pieces: Sequence[str], draws: int = 1000, seed: int = 0
+    baseline: TokenLosses,
+    other: TokenLosses,
+    pieces: Sequence[str],
+    draws: int = 1000,
+    seed: int = 0,
+    judge: TokenLosses | None = None,
 ) -> list[Row]:
     """The gain on all tokens, and on every kind of every split.
 
@@ -127,16 +138,19 @@ def gains(
     Args:
         pieces: text of every token.
         draws: of the bootstrap.
+        judge: the model whose losses tell kinds of tokens apart, see `splits`; the baseline where it is not given.
 
     Raises:
         MegagammaError: see `check_comparable`.
     """
     check_comparable(baseline, other)
+    if judge is not None:
+        check_comparable(baseline, judge)
     valid = np.isfinite(baseline.full) & np.isfinite(other.full)
     delta = np.where(valid, baseline.full - other.full, 0.0).astype(np.float64)
     loss = np.where(valid, baseline.full, 0.0).astype(np.float64)
     chosen = np.random.default_rng(seed).integers(0, len(delta), (draws, len(delta)))
-    every = {"all": (["all tokens"], np.zeros(delta.shape, dtype=int)), **splits(baseline, pieces)}
+    every = {"all": (["all tokens"], np.zeros(delta.shape, dtype=int)), **splits(judge or baseline, pieces)}
     rows = []
     for split, (names, kinds) in every.items():
         for index, kind in enumerate(names):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagamma.dynamics.token_gains import gains
+from megagamma.dynamics.token_gains import another_seed, gains
 from megagamma.dynamics.token_losses import TokenLosses, newest_kept, pieces_of
 from megagamma.errors import MegagammaError
 from megagamma.evaluation.scores import leading, read_scores
@@ -36,7 +36,9 @@ def token_gains(arms: Sequence[Arm]) -> Figure | None:
             if run.seed not in base or (losses := _kept(run)) is None:
                 continue
             try:
-                tables.append(gains(base[run.seed][1], losses, pieces_of(base[run.seed][0].folder)))
+                judge = another_seed(run.seed, {seed: one for seed, (_, one) in base.items()})
+                pieces = pieces_of(base[run.seed][0].folder)
+                tables.append(gains(base[run.seed][1], losses, pieces, judge=judge))
             except MegagammaError as error:
                 run.notes.append(f"its tokens are not compared with {arms[0].label}: {error}")
         if len(tables) == 1:
@@ -61,8 +63,8 @@ def token_gains(arms: Sequence[Arm]) -> Figure | None:
     return Figure(
         f"Gains on {arms[0].label} by kinds of tokens",
         "Right of zero the arm predicts these held-out tokens better, in nats per token. Intervals of 95 % are over seeds; "
-        "with one seed they are over sequences, and it is not a finding. Kinds are told by the text and by the first arm's own "
-        "losses: a split by them favours the other where they are high.",
+        "with one seed they are over sequences, and it is not a finding. Kinds are told by the text and by the losses of the "
+        "first arm's run of another seed; with one seed by its own, which favours the other where they are high.",
         traces,
         layout,
         ("split", "kind", "arm", "seeds", "gain", "low", "high"),

@@ -225,7 +225,9 @@ class Critical:
 def _over_seeds(name: str, values: Mapping[int, float | None], note: str, missing: str) -> Critical:
     known = [value for value in values.values() if value is not None]
     if not known or len(known) < len(values):
-        return Critical(name, None, math.nan, math.nan, missing)
+        lost = ", ".join(str(seed) for seed, value in values.items() if value is None)
+        of = f"of seeds {lost} " if known else ""
+        return Critical(name, None, math.nan, math.nan, of + missing)
     mean, low, high = interval(known)
     return Critical(name, mean, low, high, note if len(known) > 1 else f"{note}; one seed: not a finding")
 

@@ -14,10 +14,11 @@ from support.train import run_trainer
 
 from megagamma.commands.compare_tokens import main
 from megagamma.dynamics.rebuilt import rebuilt
-from megagamma.dynamics.token_gains import copied, gains, kind_of_piece
+from megagamma.dynamics.token_gains import another_seed, copied, gains, kind_of_piece
 from megagamma.dynamics.token_losses import SHORT, TokenLosses, of_checkpoint, read
 from megagamma.errors import MegagammaError
 
+SPLIT_BY_CONTEXT = "context gain of the baseline"
 PIECES = ["<unk>", "\u2581the", "\u2581cat", "s", "\u25817", "\u2581my_name", "."]
 
 
@@ -56,6 +57,26 @@ def test_a_planted_gain_is_found_where_it_was_planted() -> None:
     second[5] += 20
     wide = next(row for row in gains(table(first, labels), table(second, labels), PIECES) if row.split == "all")
     assert wide.high - wide.low > 5 * (whole.high - whole.low)
+
+
+def test_a_judge_of_another_seed_finds_no_gain_in_noise() -> None:
+    """Models that differ by noise alone: by its own losses the baseline is behind where they are high, by a third's not."""
+    generator = np.random.default_rng(1)
+    labels = generator.integers(1, 7, (800, 50))
+    truth = generator.uniform(0.0, 6.0, labels.shape)
+    first, second, third = (table(truth + generator.normal(0, 0.5, labels.shape), labels, 3.5) for _ in range(3))
+
+    def of(judge: TokenLosses | None) -> dict[str, tuple[float, float]]:
+        rows = gains(first, second, PIECES, judge=judge)
+        return {row.kind: (row.low, row.high) for row in rows if row.split in ("baseline loss", SPLIT_BY_CONTEXT)}
+
+    own, other = of(None), of(third)
+    assert own["3 nats and more"][0] > 0.02 and own["1 nats and more"][1] < -0.02
+    for kind in ("3 nats and more", "1 nats and more"):
+        assert max(map(abs, other[kind])) < 0.02
+    assert another_seed(3, {1: first, 2: second, 3: third}) is first
+    assert another_seed(2, {1: first, 2: second, 3: third}) is third
+    assert another_seed(2, {2: second}) is None
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +133,11 @@ def test_the_command(runs: list[Path], tmp_path: Path, one_rank: RankPool) -> No
     text, numbers = output.read_text(), output.with_suffix(".csv").read_text()
     assert text.count("class='passage'") == 4 and "gain " in text and "95 % interval" in text
     assert numbers.splitlines()[0] == "split,kind,tokens,share,baseline,gain,low,high"
+    # A third run tells kinds apart; the gain on all tokens is what it was.
+    judged = tmp_path / "judged.html"
+    assert one_rank.run(compare, [*words[:-1], str(judged), "--judge", str(runs[1])]) == [0]
+    lines = judged.with_suffix(".csv").read_text().splitlines()
+    assert lines[1] == numbers.splitlines()[1] and lines[2:] != numbers.splitlines()[2:]
     kept = runs[1] / "tokens" / "step_00000004.npz"
     before = kept.stat().st_mtime_ns
     assert one_rank.run(compare, words) == [0] and kept.stat().st_mtime_ns == before, "nothing is measured twice"
