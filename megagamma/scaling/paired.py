@@ -14,6 +14,7 @@ from megagamma.scaling.grid import Sweep
 from megagamma.scaling.tuning import best_values, final_loss, is_chosen
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, that of the last is on the safe side.
+_ALL_PAIRS = 4  # values of an axis; of more, the pairs are too many to read
 _STUDENT_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -38,7 +39,8 @@ def paired_differences(
 ) -> list[dict[str, Any]]:
     """For each axis that is not tuned, and each pair of its values: a result of theirs, second minus first, per seed.
 
-    Of a tuned axis only the best value of each arm counts, by the final validation loss.
+    Values of an axis of more than four are compared with its first alone. Of a tuned axis only the best value of each arm
+    counts, by the final validation loss.
 
     Args:
         value: of a point; None: it has none. Default: the final validation loss, in nats per token.
@@ -59,7 +61,8 @@ def paired_differences(
         found.setdefault(labels, {})[point.seed] = number
     rows = []
     for axis in (axis for axis in sweep.grid if axis.name not in tuned):
-        for first, second in itertools.combinations([arm.label for arm in axis.arms], 2):
+        pairs = list(itertools.combinations([arm.label for arm in axis.arms], 2))
+        for first, second in pairs if len(axis.arms) <= _ALL_PAIRS else pairs[: len(axis.arms) - 1]:
             for labels, of_first in found.items():
                 if (axis.name, first) not in labels:
                     continue
