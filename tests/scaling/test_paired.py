@@ -44,6 +44,22 @@ def test_what_seeds_share_cancels(tmp_path: Path, data_cache: str, monkeypatch: 
     assert paired_differences(sweep, states) == []  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("count", "pairs"), [(4, 6), (5, 4)])
+def test_many_values_are_compared_with_the_first(
+    tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch, count: int, pairs: int
+) -> None:
+    gammas = [0.5, 0.6, 0.7, 0.8, 0.9][:count]
+    sweep = read_sweep(
+        write(tmp_path, set={"data.cache": data_cache}, rules={}, axes={"init.gamma": gammas}, seeds=[1, 2])
+    )
+    states = [SimpleNamespace(point=point) for point in expand(sweep, tmp_path)]
+    monkeypatch.setattr(paired, "final_loss", lambda state: state.point.config.init.gamma)
+    rows = paired_differences(sweep, states)  # type: ignore[arg-type]
+    assert len(rows) == pairs
+    of_first = {row["second"]: row["mean"] for row in rows if row["first"] == "gamma0.5"}
+    assert of_first == {f"gamma{gamma:g}": pytest.approx(gamma - 0.5) for gamma in gammas[1:]}
+
+
 def test_of_a_tuned_axis_the_best_of_each_arm_counts(
     tmp_path: Path, data_cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
