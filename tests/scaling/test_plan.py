@@ -104,7 +104,7 @@ def test_speeds() -> None:
 PRESETS = {
     "smoke": 8, "scale": 72, "masks": 72, "roles": 69, "cluster_scale": 28, "precision": 20, "dynamics": 9,
     "toys": 25, "learning_rate": 11, "learning_rate_fresh": 9, "learning_rate_short": 12,
-    "scale_small": 48,
+    "scale_small": 64,
 }  # fmt: skip
 
 
