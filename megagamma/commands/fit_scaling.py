@@ -268,6 +268,11 @@ def _plot(observations: list[Observation], law: Law, path: Path) -> None:
                 )
                 axis.plot(x, [law.at(arm, one.size, one.tokens) for one in line], color=f"C{index}", linewidth=0.8)
         axis.set_xscale("log")
+        # The values themselves: on less than a decade the numbers of minor ticks lie on one another.
+        ticks = sorted({getattr(one, kind) for one in means})
+        if len(ticks) <= 8:
+            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks], fontsize=7)
+            axis.set_xticks([], minor=True)
         finish_axis(axis, "N" if kind == "size" else "D [tokens]", "loss [nats/token]")
     for index, arm in enumerate(arms):
         own = [one for one in means if one.arm == arm]
