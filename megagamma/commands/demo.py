@@ -55,7 +55,7 @@ TOY = tuple(
     for gamma in ("0.5", "1.0")
 )
 # Enough to see weights condense, within the minutes that a demo may take.
-_SHORT = ("--run.steps", "250", "--dynamics.log_spaced", "true")
+_SHORT = ("--run.steps", "200", "--dynamics.log_spaced", "true")
 # Learning rates: the best of each arm in configs/sweeps/learning_rate_short.yaml.
 TEXT = (
     Arm("gamma 0.5", "configs/demo.yaml", ("--init.gamma", "0.5", "--optimizer.lr", "0.008", *_SHORT)),
