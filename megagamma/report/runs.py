@@ -120,7 +120,7 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} {_short(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{key} {_short(one)}" for key, one in value.items()) + "}" if value else "none"
     return str(value)
 
 
