@@ -28,6 +28,7 @@ def _process_groups() -> dict[str, bool]:
     before = process_groups()
     group = dist.new_group([0, 1])
     made = process_groups() - before
+    dist.barrier()  # one that leaves while the other still connects would break its connection
     dist.destroy_process_group(group)
     return {"seen": made == {group}, "gone": process_groups() == before}
 

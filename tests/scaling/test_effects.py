@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ def loss(state: Any) -> float:
     """Gamma 1 is better by 0.3, less so with a large epsilon, more so with the gate."""
     labels, config = state.point.labels, state.point.sized
     one, gate, norms = int(config.init.gamma == 1), int(labels["gate"] == "on"), labels["norms"]
-    doublings = {"d64": 0, "d128": 1}[labels["size"]]
+    doublings = {"d32": 0.0, "d96": math.log2(3)}[labels["size"]]
     return (
         5 - 0.4 * doublings + 0.3 * state.point.seed
         - 0.3 * one + 0.01 * (norms == "as4096") - 0.1 * gate
@@ -42,7 +43,7 @@ def test_planted_effects_are_found(masks: tuple[Any, list[Any]], monkeypatch: py
     monkeypatch.setattr(module, "final_loss", loss)
     found = {(one.axes, one.at): one for one in effects(sweep, states)}
     gamma, small, wide, gate = "init.gamma", "norms=epsilon1e-5", "norms=as4096", "gate"
-    for size, times in (("d64", 1), ("d128", 2)):
+    for size, times in (("d32", 1.0), ("d96", 1 + math.log2(3))):
         # By hand: other axes are averaged over, so that of three values each has a third of the weight.
         assert found[(gamma,), size].mean == pytest.approx(-0.3 + times * 0.22 / 3 - 0.02 / 6 + 0.002)
         assert found[(wide,), size].mean == pytest.approx(0.01 + times * 0.2 / 2 + 0.02 / 4)
@@ -55,11 +56,11 @@ def test_planted_effects_are_found(masks: tuple[Any, list[Any]], monkeypatch: py
     over = found[(gamma, wide), "per doubling of the width"]
     assert over.mean == pytest.approx(0.2 / 2) and over.seeds == 3
     lines = effect_lines(list(found.values()))
-    assert any(line.startswith("interaction of init.gamma x norms=as4096, d128: +0.2050 nats") for line in lines)
-    assert any(line.startswith("effect of gate, d64: -0.1033") for line in lines)
+    assert any(line.startswith("interaction of init.gamma x norms=as4096, d96: +0.2635 nats") for line in lines)
+    assert any(line.startswith("effect of gate, d32: -0.1033") for line in lines)
     assert "differ in non-embedding parameters by up to" in parameter_note(sweep, states)
     # The seeds' own interval: 0.001 per seed.
-    one = found[(gamma,), "d128"]
+    one = found[(gamma,), "d96"]
     assert (one.high - one.low) / 2 == pytest.approx(4.303 * 0.001 / 3**0.5, rel=1e-3)
 
 
@@ -83,11 +84,11 @@ def test_incomplete_seeds_are_left_out(masks: tuple[Any, list[Any]], monkeypatch
 
     def partly(state: Any) -> float | None:
         missing = state.point.seed == 3 and state.point.labels["gate"] == "on"
-        return None if missing or state.point.labels["size"] != "d128" else loss(state)
+        return None if missing or state.point.labels["size"] != "d96" else loss(state)
 
     monkeypatch.setattr(module, "final_loss", partly)
     found = effects(sweep, states)
-    assert {one.at for one in found} == {"d128"} and {one.seeds for one in found} == {2}
+    assert {one.at for one in found} == {"d96"} and {one.seeds for one in found} == {2}
     monkeypatch.setattr(module, "final_loss", lambda state: loss(state) if state.point.seed == 1 else None)
     assert effects(sweep, states) == [], "one seed has no interval"
 
