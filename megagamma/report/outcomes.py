@@ -29,6 +29,7 @@ def token_gains(arms: Sequence[Arm]) -> Figure | None:
     if len(arms) < 2:
         return None
     base = {run.seed: (run, losses) for run in arms[0].runs if (losses := _kept(run)) is not None}
+    judges = {seed: losses for seed, (_, losses) in base.items()}
     found: list[tuple[int, int, dict[tuple[str, str], Mean]]] = []
     for index, arm in enumerate(arms[1:], 1):
         tables = []
@@ -36,7 +37,7 @@ def token_gains(arms: Sequence[Arm]) -> Figure | None:
             if run.seed not in base or (losses := _kept(run)) is None:
                 continue
             try:
-                judge = another_seed(run.seed, {seed: one for seed, (_, one) in base.items()})
+                judge = another_seed(run.seed, judges)
                 pieces = pieces_of(base[run.seed][0].folder)
                 tables.append(gains(base[run.seed][1], losses, pieces, judge=judge))
             except MegagammaError as error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megagamma.errors import ConfigurationError
@@ -68,6 +68,13 @@ def trial_of(state: PointState) -> Trial | None:
     )  # fmt: skip
 
 
+def _end(rate: float, tried: Collection[float]) -> str:
+    """Whether a learning rate is the smallest or largest of several tried; empty: neither, or it is the only one."""
+    if len(tried) < 2 or min(tried) < rate < max(tried):
+        return ""
+    return "smallest" if rate == min(tried) else "largest"
+
+
 def best_rates(trials: Sequence[Trial]) -> tuple[dict[tuple[int, float], float], list[str]]:
     """(learning rate of the lowest mean loss by width and gamma, warnings where it is the smallest or largest tried).
 
@@ -96,8 +103,8 @@ def best_rates(trials: Sequence[Trial]) -> tuple[dict[tuple[int, float], float],
                 f"gamma {key[1]:g} at width {key[0]}: seeds {', '.join(map(str, lost))} of its best learning rate, "
                 f"{found[key]:g}, have no loss, and are left out"
             )
-        if len(of) > 1 and found[key] in (min(of), max(of)):
-            where = "smallest" if found[key] == min(of) else "largest"
+        where = _end(found[key], of)
+        if where:
             warnings.append(
                 f"gamma {key[1]:g} at width {key[0]}: its best learning rate, {found[key]:g}, is the {where} tried"
             )
@@ -110,9 +117,9 @@ def beyond(trials: Sequence[Trial]) -> dict[tuple[int, float], float]:
     for one in trials:
         tried.setdefault((one.width, one.gamma), set()).add(one.rate)
     return {
-        key: best / 2 if best == min(tried[key]) else best * 2
+        key: best / 2 if end == "smallest" else best * 2
         for key, best in best_rates(trials)[0].items()
-        if len(tried[key]) > 1 and best in (min(tried[key]), max(tried[key]))
+        if (end := _end(best, tried[key]))
     }
 
 

@@ -13,8 +13,8 @@ from megagamma.scaling.folder import PointState
 from megagamma.scaling.grid import Sweep
 from megagamma.scaling.tuning import best_values, final_loss, is_chosen
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, that of the last is on the safe side.
 _ALL_PAIRS = 4  # values of an axis; of more, the pairs are too many to read
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, that of the last is on the safe side.
 _STUDENT_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
